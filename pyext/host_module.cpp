@@ -67,11 +67,10 @@ py::tuple next_step(Loader& loader) {
     return py::array_t<int32_t>({b.num_parts, columns}, data.get(), owner);
   };
   const auto& [shard, offset, epoch] = b.position;
-  return py::make_tuple(array(b.inputs, b.tokens_per_part), array(b.targets, b.tokens_per_part),
-                        array(b.cu_seqlens, b.cu_seqlens_entries),
-                        array(b.bigram_rows, b.tokens_per_part),
-                        array(b.sign_rows, b.tokens_per_part),
-                        py::make_tuple(shard, offset, epoch));
+  return py::make_tuple(
+      array(b.inputs, b.tokens_per_part), array(b.targets, b.tokens_per_part),
+      array(b.cu_seqlens, b.cu_seqlens_entries), array(b.bigram_rows, b.tokens_per_part),
+      array(b.sign_rows, b.tokens_per_part), py::make_tuple(shard, offset, epoch));
 }
 
 }  // namespace

@@ -15,9 +15,9 @@ class FloorMod {
     // |value * reciprocal_| <= 2^31 / divisor is off by less than 1 / divisor, so the quotient is
     // wrong by one at most where divisor divides value: the rest lies in [-divisor, divisor].
     const auto quotient = static_cast<int32_t>(value * reciprocal_);
-    auto rest = static_cast<int32_t>(static_cast<uint32_t>(value) -
-                                     static_cast<uint32_t>(quotient) *
-                                         static_cast<uint32_t>(divisor_));
+    auto rest =
+        static_cast<int32_t>(static_cast<uint32_t>(value) -
+                             static_cast<uint32_t>(quotient) * static_cast<uint32_t>(divisor_));
     rest += divisor_ & (rest >> 31);
     rest -= divisor_;
     return rest + (divisor_ & (rest >> 31));

@@ -120,9 +120,7 @@ std::unique_ptr<StepBatch> Stream::next_step() {
 }
 
 Loader::Loader(LoaderOptions options, size_t prefetch_steps)
-    : stream_(std::move(options), closed_),
-      capacity_(prefetch_steps),
-      thread_([this] { run(); }) {}
+    : stream_(std::move(options), closed_), capacity_(prefetch_steps), thread_([this] { run(); }) {}
 
 void Loader::run() {
   try {

@@ -29,8 +29,8 @@ struct LoaderOptions {
   DataFormat format;
   LongDocuments long_documents;
   bool repeat;
-  LoaderPosition start;  // start.shard is an index into shards
-  int rank, world_size;  // world_size divides kNumParts
+  LoaderPosition start;                        // start.shard is an index into shards
+  int rank, world_size;                        // world_size divides kNumParts
   int32_t bigram_table_rows, sign_table_rows;  // 0: no such array
 };
 
@@ -61,8 +61,8 @@ class Stream {
   LoaderPosition position_;
   std::unique_ptr<Shard> shard_;
   ShardIndex index_;
-  size_t shape_ = 0;             // of the next step
-  int64_t steps_of_shape_ = 0;   // dealt
+  size_t shape_ = 0;            // of the next step
+  int64_t steps_of_shape_ = 0;  // dealt
   int64_t num_steps_dealt_ = 0;
 };
 
