@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-
 from speedrun.data import GPT2, BatchShape, DataError, TokenLoader, cu_seqlens_entries
 
 TOKENS_PER_PART, MAX_SEQ_LEN = 49_152, 2_048  # the record's last stage
@@ -80,9 +79,7 @@ def main():
             except DataError as e:
                 print(f"{backend:8} not run: {e}")
                 continue
-            rates = [
-                tokens_per_second(shards, args.steps, backend) for _ in range(args.repeats)
-            ]
+            rates = [tokens_per_second(shards, args.steps, backend) for _ in range(args.repeats)]
             quartiles = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
             row = {
                 "backend": backend,

@@ -22,7 +22,7 @@ using FormatTuple = std::tuple<std::string, int64_t, int64_t>;
 using PositionTuple = std::tuple<int64_t, int64_t, int64_t>;
 
 // How long a KeyboardInterrupt may wait.
-constexpr std::chrono::milliseconds kWaitSlice{50};
+constexpr std::chrono::milliseconds kWaitSlice{10};
 
 std::unique_ptr<Loader> make_loader(std::vector<std::string> shards,
                                     const std::vector<ShapeTuple>& shapes,

@@ -21,7 +21,7 @@ constexpr int64_t kHeaderBytes = 1024;
 constexpr int32_t kMagic = 20240520;
 constexpr int32_t kVersion = 1;
 constexpr int64_t kBlockTokens = 64;       // small beside a document, whole SIMD registers
-constexpr int64_t kChunkTokens = 1 << 22;  // between two looks at the file's size: 8 MiB
+constexpr int64_t kChunkTokens = 1 << 16;  // between two looks at the file's size: microseconds
 constexpr char kRefetch[] =
     "fetch the shard again (speedrun data fetch) or write it again (speedrun data tokenize)";
 

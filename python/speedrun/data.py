@@ -27,6 +27,7 @@ from speedrun._data_types import (
 )
 from speedrun._validation_parts import validation_parts
 
+_HOST_PROBLEM = None
 try:
     from speedrun import _host
 except ImportError as e:  # no compiler at build time, or built for another Python
