@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from speedrun._numpy_loader import HEADER_BYTES
 from speedrun.data import BYTES, DataError
-from speedrun.shards import HEADER_BYTES, MANIFEST, folder_lock, read_manifest, write_splits
+from speedrun.shards import MANIFEST, folder_lock, read_manifest, write_splits
 
 VAL_FRAC = 0.05
 MIN_VAL_BYTES, MAX_VAL_BYTES = 200_000, 500_000

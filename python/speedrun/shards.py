@@ -19,12 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from speedrun._numpy_loader import HEADER_BYTES, MAGIC, VERSION
 from speedrun.data import GPT2, DataError, DataFormat
 
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -36,14 +33,12 @@ def shard_name(name: str, split: str, index: int) -> str:
     return f"{name}_{split}_{index:06d}.bin"
 
 
-def sha256_file(path: Path, limit_bytes: int | None = None) -> hashlib._Hash:
-    """SHA-256 state over a file, or over its first `limit_bytes`; more can be added to it."""
+def sha256_file(path: Path) -> hashlib._Hash:
+    """SHA-256 state over a file; more can be added to it."""
     state = hashlib.sha256()
-    left = path.stat().st_size if limit_bytes is None else limit_bytes
     with path.open("rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
+        while block := file.read(1 << 20):
             state.update(block)
-            left -= len(block)
     return state
 
 
@@ -157,7 +152,7 @@ class _OpenShard:
         self.documents += 1
 
     def close(self) -> dict[str, Any]:
-        header = np.zeros(HEADER_INTS, "<i4")
+        header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = MAGIC, VERSION, self.tokens
         self.file.seek(0)
         self.file.write(header.tobytes())

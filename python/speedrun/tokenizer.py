@@ -21,9 +21,9 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 
 BOS_TEXT = "<|endoftext|>"
 # How GPT-2 cuts text before merging: contractions, words, numbers, other signs, white space.
+_SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # tiktoken's regex engine gives up on a run of white space of a million characters or more.
 _MAX_WHITE_SPACE = 900_000
-_SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
