@@ -237,7 +237,10 @@ def test_nothing_is_left_behind(shards):
             if close:
                 loader.close()
             del loader
-    assert held() == before
+    deadline = time.monotonic() + 10  # the kernel lists a thread for a moment after its end
+    while any(now > then for now, then in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline, (held(), before)
+        time.sleep(0.01)
 
 
 @NEEDS_HOST
