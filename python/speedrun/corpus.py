@@ -151,7 +151,7 @@ def stdlib_corpus(folder: Path | str) -> Path:
 def _cut_for_validation(content: bytes) -> int:
     """Bytes of the training part: 90 %, less what keeps a UTF-8 character whole."""
     cut = int(len(content) * TEXT_TRAIN_FRAC)
-    for start in range(cut, max(cut - 4, 0), -1):
+    for start in range(cut, max(cut - 4, -1), -1):
         if content[start] & 0xC0 != 0x80:  # not a continuation byte: a character begins here
             return start
     return cut  # not UTF-8; any place is as good

@@ -194,6 +194,7 @@ def write_splits(
     documents: Iterable[tuple[str, np.ndarray]],
     format: DataFormat,
     *,
+    splits: Iterable[str] = ("train", "val"),
     tokens_per_shard: int = 100_000_000,
     overwrite: bool = False,
     **facts: Any,
@@ -212,7 +213,7 @@ def write_splits(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     check_same_format(folder, format)
-    older = [p.name for split in _FIRST_INDEX for p in folder.glob(f"{name}_{split}_*.bin")]
+    older = [p.name for split in splits for p in folder.glob(f"{name}_{split}_*.bin")]
     if older and not overwrite:
         raise DataError(f"{folder / min(older)}: is there already; delete it or use another name")
     shards: list[_OpenShard] = []
@@ -268,5 +269,11 @@ def write_shards(
         raise DataError(f"split {split!r}: train or val")
     labelled = ((split, document) for document in documents)
     return write_splits(
-        folder, name, labelled, format, tokens_per_shard=tokens_per_shard, **options
+        folder,
+        name,
+        labelled,
+        format,
+        splits=(split,),
+        tokens_per_shard=tokens_per_shard,
+        **options,
     )
