@@ -128,9 +128,10 @@ def test_bad_names_and_manifests_are_refused(tmp_path):
         write_shards(tmp_path, "../x", "train", [row(1)], BYTES)
     with pytest.raises(DataError, match="train or val"):
         write_shards(tmp_path, "x", "test", [row(1)], BYTES)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="not a readable manifest"):
-        write_splits(tmp_path, "x", [("val", row(1))], BYTES)
+    for broken in ("{", "[]", "{}", '{"files": {"x": 3}}'):
+        (tmp_path / "manifest.json").write_text(broken)
+        with pytest.raises(DataError, match=r"manifest\.json: not a (readable )?manifest"):
+            write_splits(tmp_path, "x", [("val", row(1))], BYTES)
 
 
 def test_second_writer_is_told_of_the_first(tmp_path):

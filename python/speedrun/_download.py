@@ -176,7 +176,7 @@ def _ask_in_time(url: str, retry: Retry) -> Remote:
     if problem:
         raise problem[0]
     if not answer:
-        raise TimeoutError(f"no answer in {retry.answer_s:.0f} s")
+        raise TimeoutError(f"no answer in {retry.answer_s:g} s")
     return answer[0]
 
 

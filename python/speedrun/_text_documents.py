@@ -127,7 +127,6 @@ _worker_tokenizer: Tokenizer  # of a worker process, made once by _start_worker
 
 def _start_worker(name: str, rank_file: Path | None) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _worker_tokenizer = load_tokenizer(name, rank_file)
 
 
@@ -157,7 +156,12 @@ def encoded(
     under_way: deque = deque()
     try:
         for batch in itertools.chain(first, batches):
-            under_way.append(pool.submit(_encode_in_worker, batch))
+            # Ctrl-C is this process's to handle: a worker born here never sees it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                under_way.append(pool.submit(_encode_in_worker, batch))
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(under_way) > 2 * workers:
                 yield from under_way.popleft().result()
         while under_way:

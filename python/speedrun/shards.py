@@ -91,8 +91,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable manifest ({error}); delete it to go on") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DataError(f"{path}: not a manifest (no table 'files'); delete it to go on")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(e, dict) for e in files.values()):
+        raise DataError(f"{path}: not a manifest (no table of files); delete it to go on")
     return manifest
 
 

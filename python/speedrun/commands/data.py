@@ -170,14 +170,16 @@ def _check_shard(path: Path) -> tuple[list[str], list[str]]:
     state = "no manifest"
     try:
         manifest = read_manifest(path.parent)
-        if manifest is not None:
-            recorded = manifest["files"].get(path.name, {}).get("sha256")
+        recorded = (manifest or {"files": {}})["files"].get(path.name, {}).get("sha256")
+        if not path.is_file():
+            state = "missing"
+        elif recorded:
+            digest = sha256_file(path).hexdigest()
+            state = "ok" if digest == recorded else "WRONG"
+            if digest != recorded:
+                problems.append(f"{path}: sha256 {digest}, the manifest says {recorded}")
+        elif manifest is not None:
             state = "not listed"
-            if recorded and path.is_file():
-                digest = sha256_file(path).hexdigest()
-                state = "ok" if digest == recorded else "WRONG"
-                if digest != recorded:
-                    problems.append(f"{path}: sha256 {digest}, the manifest says {recorded}")
     except DataError as error:
         state = "bad manifest"
         problems.append(str(error))
