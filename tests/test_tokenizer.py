@@ -105,3 +105,14 @@ def test_missing_tiktoken_names_the_extra(gpt2, monkeypatch):
     assert tokenizer.decode([15496]) == "Hello"
     with pytest.raises(DataError, match=r"nanogpt-speedrun\[cli\]"):
         tokenizer.encode("Hello")
+
+
+def test_gpt2_encodes_public_documents_as_published(gpt2):
+    path = SHARED_DATA / "fineweb_sample" / "fineweb_legal_val_000000.bin"
+    if not path.exists():
+        pytest.skip(f"no {path}; SPEEDRUN_SHARED_DATA names the folder")
+    tokens = np.fromfile(path, "<u2", offset=1024)
+    documents = np.split(tokens, np.flatnonzero(tokens == GPT2.bos_id))[1:]
+    for document in documents[:50]:
+        again = gpt2.encode(gpt2.decode(document[1:]))
+        np.testing.assert_array_equal(again, document[1:])
