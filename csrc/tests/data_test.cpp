@@ -158,11 +158,26 @@ void test_documents_found() {
 }
 
 void test_dealing() {
-  const ShardIndex index = {{2, 5, 6, 20, 24}, 40};
+  const ShardIndex index = {{2, 5, 6, 20, 24}, 40};  // documents of 3, 1, 14, 4 and 16 tokens
   int64_t offset = 0;
-  // Documents of 3, 1, 14, 4 and 16 tokens, cut to 2: parts of 1 + 1 tokens, one document each.
   auto step = deal_step(index, LongDocuments::kCut, {1, 1, 2, 8}, &offset);
   CHECK(!step && offset == 0);  // five documents can't make eight parts
+
+  ShardIndex many = {{}, 2 + 4 * 16};
+  for (int64_t start = 2; start < many.num_tokens; start += 4) many.documents.push_back(start);
+  step =
+      deal_step(many, LongDocuments::kCut, {1, 3, 3, 8}, &offset);  // 3 tokens, and 1 of the next
+  CHECK(step && offset == 16);
+  for (int64_t p = 0; p < kNumParts; ++p) {
+    const auto& [ranges, starts] = (*step)[p];
+    CHECK(starts == std::vector<int64_t>({0}));  // the second document is only a target
+    CHECK(ranges.size() == 2);
+    CHECK(ranges[0].begin == 2 + 8 * p && ranges[0].end == 5 + 8 * p);
+    CHECK(ranges[1].begin == 6 + 8 * p && ranges[1].end == 7 + 8 * p);
+  }
+  CHECK(!deal_step(many, LongDocuments::kCut, {1, 3, 3, 8}, &offset) && offset == 16);
+
+  offset = 0;
   step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset);
   CHECK(step && offset == 32);
   CHECK((*step)[0].starts == std::vector<int64_t>({0, 2}));     // document at 2
@@ -203,7 +218,9 @@ void test_thread_gives_the_same_stream() {
 void test_errors_come_through_the_thread() {
   const std::string good = write_shard("good.bin", random_tokens(3000, 5));
   const std::string bad = write_shard("bad.bin", random_tokens(3000, 6), {20240520, 1, 3001});
-  Loader loader(options({good, bad}, {{100, 100, 30, 101}}), 2);
+  Loader loader(options({good, bad}, {{100, 100, 30, 101}}), 64);
+  std::this_thread::sleep_for(
+      std::chrono::milliseconds(100));  // the error is there; steps go first
   int64_t steps = 0;
   const std::string message = error_of([&] {
     while (loader.take(kLong)) ++steps;
