@@ -190,7 +190,9 @@ def test_impossible_arguments(shards, options):
         make_loader(**(dict(shards=shards, shapes=SHAPES) | options))
 
 
-@pytest.mark.parametrize("shape", [(-1, 1, 1, 2), (1, 0, 1, 2), (1, 1, 0, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(-1, 1, 1, 2), (1, 0, 1, 2), (1, 1, 0, 2), (1, 1, 1, 1), (1, 2**31, 1, 2)]
+)
 def test_impossible_shapes(shape):
     with pytest.raises(DataError):
         BatchShape(*shape)

@@ -30,6 +30,9 @@ GPT2 = DataFormat("gpt2", 50257, 50256)
 BYTES = DataFormat("bytes", 257, 256)
 
 
+MAX_SIZE = 2**31 - 1  # cu_seqlens and a shard's token count are int32
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """`steps` steps in a row of 8 parts of `tokens_per_part` tokens.
@@ -44,10 +47,21 @@ class BatchShape:
     cu_seqlens_entries: int
 
     def __post_init__(self):
-        if self.steps < 0 or self.tokens_per_part < 1 or self.max_seq_len < 1:
+        if self.steps < 0 or min(self.tokens_per_part, self.max_seq_len) < 1:
             raise DataError(f"{self}: steps must be 0 or more, tokens and max_seq_len 1 or more")
         if self.cu_seqlens_entries < 2:
             raise DataError(f"{self}: data.cu_seqlens_entries must be 2 or more")
+        if max(vars(self).values()) > MAX_SIZE:
+            raise DataError(f"{self}: no size may be above {MAX_SIZE} (32-bit offsets)")
+
+    def check_documents_fit(self, path, num_documents: int):
+        """DataError where a part's documents do not fit into cu_seqlens."""
+        if num_documents > self.cu_seqlens_entries - 1:
+            raise DataError(
+                f"{path}: {num_documents} documents in one part of {self.tokens_per_part} tokens, "
+                f"but cu_seqlens has room for {self.cu_seqlens_entries - 1}: "
+                f"--set data.cu_seqlens_entries={num_documents + 1} (or more)"
+            )
 
 
 def cu_seqlens_entries(tokens_per_part: int) -> int:

@@ -110,16 +110,6 @@ class Shard:
         return tokens
 
 
-def check_documents_fit(path, num_documents: int, shape: BatchShape):
-    """DataError where a part's documents do not fit into cu_seqlens, whose last entry is T."""
-    if num_documents > shape.cu_seqlens_entries - 1:
-        raise DataError(
-            f"{path}: {num_documents} documents in one part of {shape.tokens_per_part} tokens, but "
-            f"cu_seqlens has room for {shape.cu_seqlens_entries - 1}: "
-            f"--set data.cu_seqlens_entries={num_documents + 1} (or more)"
-        )
-
-
 class PartRanges(NamedTuple):
     """Where one part lies in its shard."""
 
@@ -226,7 +216,7 @@ class Stream:
             part, offset = dealt
             parts.append(part)
         for part in parts:
-            check_documents_fit(self._shard.path, len(part.starts), shape)
+            shape.check_documents_fit(self._shard.path, len(part.starts))
         self.position = LoaderPosition(self.position.shard, offset, self.position.epoch)
         return parts
 

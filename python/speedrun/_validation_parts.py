@@ -69,7 +69,7 @@ def validation_parts(
             tokens = read(begin, min(begin + tokens_per_part, num_tokens) + 1)
             inputs, targets = tokens[:-1], tokens[1:]
             starts = np.append(0, np.flatnonzero(inputs == format.bos_id))
-            twin.check_documents_fit(shards[0], len(starts), shape)
+            shape.check_documents_fit(shards[0], len(starts))
             yield Part(
                 inputs,
                 targets,
