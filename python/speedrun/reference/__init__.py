@@ -1,0 +1,1 @@
+"""The operators in plain PyTorch: specification, CPU backend, test oracle, benchmark baseline."""
