@@ -1,0 +1,73 @@
+"""What is known of the GPU and the memory of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuPeaks:
+    """Rates at the top of a data sheet, dense (without structured sparsity); nan: unknown."""
+
+    bf16_flops_per_s: float = math.nan  # float32 accumulation
+    fp8_flops_per_s: float = math.nan  # float32 accumulation
+    memory_bytes_per_s: float = math.nan
+    source: str = "unknown GPU"
+
+
+def _peaks(bf16_tflops: float, fp8_tflops: float, memory_gb: float, source: str) -> GpuPeaks:
+    return GpuPeaks(bf16_tflops * 1e12, fp8_tflops * 1e12, memory_gb * 1e9, source)
+
+
+# By the name that CUDA reports. Where a data sheet gives only the rate with sparsity, half of it.
+_HOPPER = "NVIDIA H100 data sheet (rates with sparsity halved)"
+_H200 = "NVIDIA H200 data sheet (rates with sparsity halved)"
+_A100 = "NVIDIA A100 data sheet; no FP8"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
+GPU_PEAKS = {
+    "NVIDIA H100 80GB HBM3": _peaks(989.4, 1978.9, 3350, _HOPPER),
+    "NVIDIA H100 NVL": _peaks(835.5, 1670.5, 3900, _HOPPER),
+    "NVIDIA H100 PCIe": _peaks(756.5, 1513, 2000, _HOPPER),
+    "NVIDIA H200": _peaks(989.4, 1978.9, 4800, _H200),
+    "NVIDIA H200 NVL": _peaks(835.5, 1670.5, 4800, _H200),
+    "NVIDIA A100-SXM4-80GB": _peaks(312, math.nan, 2039, _A100),
+    "NVIDIA A100 80GB PCIe": _peaks(312, math.nan, 1935, _A100),
+    "NVIDIA A100-SXM4-40GB": _peaks(312, math.nan, 1555, _A100),
+    "NVIDIA A100-PCIE-40GB": _peaks(312, math.nan, 1555, _A100),
+    "NVIDIA L40S": _peaks(362.05, 733, 864, "NVIDIA L40S data sheet"),
+    "NVIDIA L4": _peaks(121, 242.5, 300, "NVIDIA L4 data sheet (rates with sparsity halved)"),
+    "NVIDIA GeForce RTX 4090": _peaks(165.2, 330.3, 1008, _ADA),
+}
+
+
+def gpu_name(device: int = 0) -> str:
+    """Name that CUDA reports, or "cpu" where there is no GPU."""
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cpu"
+
+
+def gpu_peaks(name: str) -> GpuPeaks:
+    """Peaks of the GPU of exactly that name; nan everywhere for any other."""
+    return GPU_PEAKS.get(name, GpuPeaks())
+
+
+def compute_capability(device: int = 0) -> str:
+    """Such as "9.0"; "" where there is no GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def free_memory_bytes(device: int | None = None) -> int:
+    """Free memory of a GPU, or of the host (device None); 0 if the system doesn't tell."""
+    if device is not None:
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        words = Path("/proc/meminfo").read_text().split()
+        return int(words[words.index("MemAvailable:") + 1]) << 10
+    except (OSError, ValueError):
+        return 0

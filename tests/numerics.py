@@ -1,0 +1,51 @@
+"""When an operator's result is right: the rules that every operator test uses.
+
+Accuracy, with `ref64` the reference in float64 and `same` the reference in the kernel's own types:
+    max |out − ref64|  <=  2 · max |same − ref64| + one ulp
+    mean |out − ref64| <=  2 · mean |same − ref64| + one ulp
+where an ulp is that of out's type, at the largest and at the mean magnitude of ref64. So a kernel
+may be twice as wrong as plain PyTorch, and no constant is tuned to make a test pass.
+Data movement and casts: the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: Tensor) -> Tensor:
+    """The elements as integers of their size: equal only if every bit is (NaN payloads, -0)."""
+    return x.contiguous().view(_BITS[x.element_size()])
+
+
+def assert_same_bits(out: Tensor, expected: Tensor) -> None:
+    assert (out.dtype, out.shape) == (expected.dtype, expected.shape)
+    wrong = (bits(out) != bits(expected)).sum().item()
+    assert wrong == 0, f"{wrong} of {out.numel()} elements differ"
+
+
+def ulp(dtype: torch.dtype, magnitude: float) -> float:
+    """Distance of neighbouring numbers of `dtype` around `magnitude`."""
+    info = torch.finfo(dtype)
+    if magnitude < info.smallest_normal:
+        return info.smallest_normal * info.eps
+    return 2.0 ** torch.tensor(magnitude, dtype=torch.float64).log2().floor().item() * info.eps
+
+
+def assert_accurate(out: Tensor, same: Tensor, ref64: Tensor) -> None:
+    """The law above. Infinities and NaNs of `same` must be met exactly, where they are."""
+    assert out.shape == same.shape == ref64.shape and out.dtype == same.dtype
+    assert ref64.dtype == torch.float64
+    finite = same.isfinite()
+    assert torch.equal(out.isnan(), same.isnan()), "NaNs differ from the reference's"
+    infinite = same.isinf()
+    assert torch.equal(out[infinite], same[infinite]), "infinities differ from the reference's"
+    if not finite.any():
+        return
+    out64, same64, ref64 = out[finite].double(), same[finite].double(), ref64[finite]
+    error, allowed = (out64 - ref64).abs(), (same64 - ref64).abs()
+    for name, reduce in (("max", Tensor.max), ("mean", Tensor.mean)):
+        limit = 2 * reduce(allowed).item() + ulp(out.dtype, reduce(ref64.abs()).item())
+        found = reduce(error).item()
+        assert found <= limit, f"{name} error {found:.3g} above the limit {limit:.3g}"
