@@ -1,6 +1,7 @@
 """The token loader: golden batches, its two backends against each other, folders, validation."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -122,15 +123,21 @@ def test_resume_continues_the_stream(shards, long_documents, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_split_uses_every_token(tmp_path, backend):
-    """Against the definition, token by token."""
-    tokens = random_tokens(2_000, seed=5, longest=300)
+@pytest.mark.parametrize("num_tokens", [2_000, 2_001, 2_007])
+def test_split_uses_every_token(tmp_path, backend, num_tokens):
+    """Against the definition, token by token: part p reads lane p of eight overlapping lanes."""
+    tokens = random_tokens(num_tokens, seed=5, longest=300)
     shard = write_shard(tmp_path / "text.bin", tokens)
-    steps = all_steps([shard], [BatchShape(4, 60, 25, 61)], long_documents="split", backend=backend)
-    position = 0
-    for step in steps:
+    lane = math.ceil((num_tokens - 1) / 8)
+    num_steps = math.ceil(lane / 60)
+    shapes = [BatchShape(num_steps, 60, 25, 61)]
+    steps = all_steps([shard], shapes, long_documents="split", backend=backend)
+    used = set()
+    for number, step in enumerate(steps):
         for part in range(8):
-            expected = tokens[position : position + 61]
+            begin = (num_tokens - 1 - lane) * part // 7 + min(60 * number, lane - 60)
+            used |= set(range(begin, begin + 60))
+            expected = tokens[begin : begin + 61]
             np.testing.assert_array_equal(step.inputs[part], expected[:-1])
             np.testing.assert_array_equal(step.targets[part], expected[1:])
             starts, since = [], 0
@@ -139,7 +146,10 @@ def test_split_uses_every_token(tmp_path, backend):
                 if since % 25 == 0:
                     starts.append(t)
             assert step.cu_seqlens[part].tolist() == starts + [60] * (61 - len(starts))
-            position += 60
+    assert used == set(range(num_tokens - 1))
+    with pytest.raises(DataError, match="used up"):
+        one_more = [BatchShape(num_steps + 1, 60, 25, 61)]
+        all_steps([shard], one_more, long_documents="split", backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,31 +27,45 @@ bool deal_documents(const ShardIndex& index, const BatchShape& shape, int64_t* o
   return true;
 }
 
-bool deal_pieces(const ShardIndex& index, const BatchShape& shape, int64_t* offset,
-                 PartRanges* part) {
-  const int64_t begin = *offset;
+// The document pieces of the T + 1 tokens from `begin` on.
+PartRanges cut_to_pieces(const ShardIndex& index, const BatchShape& shape, int64_t begin) {
   const int64_t end = begin + shape.tokens_per_part;
-  if (end + 1 > index.num_tokens) return false;
-  part->ranges.push_back({begin, end + 1});
+  PartRanges part;
+  part.ranges.push_back({begin, end + 1});
   auto document = std::upper_bound(index.documents.begin(), index.documents.end(), begin);
   for (int64_t start = begin; start < end;) {
-    part->starts.push_back(start - begin);
+    part.starts.push_back(start - begin);
     start += shape.max_seq_len;
     if (document != index.documents.end() && *document <= start) start = *document++;
   }
-  *offset = end;
-  return true;
+  return part;
+}
+
+// Part p reads lane p of the shard: eight places of a text at once, where eight neighbouring
+// pieces would be about the same thing. Lanes overlap by less than 8 tokens, and a lane's last
+// part reaches back, so that every token is used.
+std::optional<StepRanges> deal_lanes(const ShardIndex& index, const BatchShape& shape,
+                                     int64_t* offset) {
+  const int64_t lane = lane_tokens(index), spare = index.num_tokens - 1 - lane;
+  if (*offset >= lane || shape.tokens_per_part > lane) return std::nullopt;
+  const int64_t begin = std::min(*offset, lane - shape.tokens_per_part);
+  StepRanges step;
+  for (int64_t p = 0; p < kNumParts; ++p) {
+    step[p] = cut_to_pieces(index, shape, p * spare / (kNumParts - 1) + begin);
+  }
+  *offset = begin + shape.tokens_per_part;
+  return step;
 }
 
 }  // namespace
 
 std::optional<StepRanges> deal_step(const ShardIndex& index, LongDocuments long_documents,
                                     const BatchShape& shape, int64_t* offset) {
-  const auto deal = long_documents == LongDocuments::kCut ? deal_documents : deal_pieces;
+  if (long_documents == LongDocuments::kSplit) return deal_lanes(index, shape, offset);
   StepRanges step;
   int64_t next = *offset;
   for (PartRanges& part : step) {
-    if (!deal(index, shape, &next, &part)) return std::nullopt;
+    if (!deal_documents(index, shape, &next, &part)) return std::nullopt;
   }
   *offset = next;
   return step;

@@ -10,8 +10,8 @@ namespace speedrun {
 
 constexpr int kNumParts = 8;  // of a step, whatever the number of ranks
 
-// kCut: documents from their start, the tokens beyond max_seq_len dropped. kSplit: consecutive
-// tokens, documents continued as further sequences of max_seq_len.
+// kCut: documents from their start, the tokens beyond max_seq_len dropped. kSplit: a shard is eight
+// lanes of consecutive tokens, a lane for each part, cut into sequences of max_seq_len.
 enum class LongDocuments { kCut, kSplit };
 
 struct BatchShape {
@@ -37,8 +37,13 @@ struct PartRanges {
 };
 using StepRanges = std::array<PartRanges, kNumParts>;
 
-// Deals the step that starts at *offset (a document's index, or a token's offset with kSplit) and
-// moves *offset behind it. Nothing, and *offset as it was, where the shard can't fill the step.
+// Tokens of one of the shard's eight lanes (kSplit). The shard's last token is only a target.
+constexpr int64_t lane_tokens(const ShardIndex& index) {
+  return (index.num_tokens - 1 + kNumParts - 1) / kNumParts;
+}
+
+// Deals the step that starts at *offset (a document's index, or a token of each lane with kSplit)
+// and moves *offset behind it. Nothing, and *offset as it was, where the shard can't fill the step.
 std::optional<StepRanges> deal_step(const ShardIndex& index, LongDocuments long_documents,
                                     const BatchShape& shape, int64_t* offset);
 

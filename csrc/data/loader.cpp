@@ -34,7 +34,8 @@ void Stream::open_shard() {
   const bool cut = options_.long_documents == LongDocuments::kCut;
   shard_ = std::make_unique<Shard>(options_.shards[position_.shard], options_.format);
   index_ = {shard_->find_documents(/*at_least_one=*/cut, stop_), shard_->num_tokens()};
-  const auto end = cut ? static_cast<int64_t>(index_.documents.size()) : index_.num_tokens;
+  const auto num_documents = static_cast<int64_t>(index_.documents.size());
+  const int64_t end = cut ? num_documents : lane_tokens(index_);
   if (position_.offset > end) {
     throw DataError(shard_->path() + ": the position to start from is " + text(position_.offset) +
                     ", beyond the shard's end " + text(end) +

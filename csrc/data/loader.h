@@ -18,7 +18,7 @@
 
 namespace speedrun {
 
-// Where the next step starts. offset counts documents, or tokens with LongDocuments::kSplit.
+// Where the next step starts. offset counts documents, or a lane's tokens with kSplit.
 struct LoaderPosition {
   int64_t shard, offset, epoch;
 };

@@ -179,12 +179,15 @@ void test_dealing() {
 
   offset = 0;
   step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset);
-  CHECK(step && offset == 32);
+  CHECK(step && offset == 4);  // lanes of 5 tokens, from 0, 4, 9, 14, 19, 24, 29 and 34 on
   CHECK((*step)[0].starts == std::vector<int64_t>({0, 2}));     // document at 2
   CHECK((*step)[1].starts == std::vector<int64_t>({0, 1, 2}));  // documents at 5 and 6
   CHECK((*step)[2].starts == std::vector<int64_t>({0, 3}));     // cut after max_seq_len
-  CHECK((*step)[7].ranges[0].begin == 28 && (*step)[7].ranges[0].end == 33);
-  CHECK(!deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset) && offset == 32);
+  CHECK((*step)[7].ranges[0].begin == 34 && (*step)[7].ranges[0].end == 39);
+  step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset);
+  CHECK(step && offset == 5);  // reaches back to use the lanes' last token
+  CHECK((*step)[7].ranges[0].begin == 35 && (*step)[7].ranges[0].end == 40);
+  CHECK(!deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset) && offset == 5);
 }
 
 void test_thread_gives_the_same_stream() {

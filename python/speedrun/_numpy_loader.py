@@ -127,40 +127,56 @@ class Documents:
         self.end = len(bos)
         self.num_tokens = shape.tokens_per_part
 
-    def deal(self, offset: int) -> tuple[PartRanges, int] | None:
-        """The part that starts at `offset` and the next part's offset; None if it does not fit."""
-        last = int(np.searchsorted(self.before, self.before[offset] + self.num_tokens + 1))
-        if last > self.end:
-            return None
-        starts = self.before[offset : last + 1] - self.before[offset]
-        starts[-1] = self.num_tokens + 1  # the last document is cut to fit
-        begins = self.begins[offset:last]
-        ranges = np.stack([begins, begins + np.diff(starts)], axis=1)
-        # A document of which only the last target is here has no input, hence no start.
-        return PartRanges(ranges, starts[starts < self.num_tokens]), last
+    def deal_step(self, offset: int) -> tuple[list[PartRanges], int] | None:
+        """The step that starts at `offset` and the next one's offset; None if it does not fit."""
+        parts = []
+        for _ in range(NUM_PARTS):
+            last = int(np.searchsorted(self.before, self.before[offset] + self.num_tokens + 1))
+            if last > self.end:
+                return None
+            starts = self.before[offset : last + 1] - self.before[offset]
+            starts[-1] = self.num_tokens + 1  # the last document is cut to fit
+            begins = self.begins[offset:last]
+            ranges = np.stack([begins, begins + np.diff(starts)], axis=1)
+            # A document of which only the last target is here has no input, hence no start.
+            parts.append(PartRanges(ranges, starts[starts < self.num_tokens]))
+            offset = last
+        return parts, offset
 
 
-class Pieces:
-    """Deals consecutive tokens; max_seq_len cuts a document without loss. Offsets are tokens."""
+class Lanes:
+    """Deals each part consecutive tokens of a lane of its own. Offsets are tokens of a lane.
+
+    Part p reads lane p of the shard: eight places of a text at once, where eight neighbouring
+    pieces would be about the same thing. max_seq_len cuts a document without loss. Lanes overlap
+    by less than 8 tokens, and a lane's last part reaches back, so that every token is used.
+    """
 
     def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape):
         self.bos = bos
-        self.end = shard_tokens
+        self.num_inputs = shard_tokens - 1  # the last token is only a target
+        self.end = -(-self.num_inputs // NUM_PARTS)  # length of a lane
         self.num_tokens = shape.tokens_per_part
         self.max_seq_len = shape.max_seq_len
 
-    def deal(self, offset: int) -> tuple[PartRanges, int] | None:
-        """The part that starts at `offset` and the next part's offset; None if it does not fit."""
-        after = offset + self.num_tokens
-        if after + 1 > self.end:
+    def deal_step(self, offset: int) -> tuple[list[PartRanges], int] | None:
+        """The step that starts at `offset` and the next one's offset; None if it does not fit."""
+        if offset >= self.end or self.num_tokens > self.end:
             return None
-        bos = self.bos[slice(*np.searchsorted(self.bos, [offset + 1, after]))] - offset
+        offset = min(offset, self.end - self.num_tokens)
+        spare = self.num_inputs - self.end
+        lanes = [part * spare // (NUM_PARTS - 1) for part in range(NUM_PARTS)]
+        return [self._pieces(lane + offset) for lane in lanes], offset + self.num_tokens
+
+    def _pieces(self, begin: int) -> PartRanges:
+        after = begin + self.num_tokens
+        bos = self.bos[slice(*np.searchsorted(self.bos, [begin + 1, after]))] - begin
         edges = [0, *bos.tolist(), self.num_tokens]
         starts = [
             np.arange(edge, following, self.max_seq_len)
             for edge, following in itertools.pairwise(edges)
         ]
-        return PartRanges(np.array([[offset, after + 1]]), np.concatenate(starts)), after
+        return PartRanges(np.array([[begin, after + 1]]), np.concatenate(starts))
 
 
 class TokensRunOut(DataError):
@@ -200,21 +216,19 @@ class Stream:
 
     def _deal(self, shape: BatchShape) -> list[PartRanges] | None:
         if self._dealer_shape != shape:
-            dealer_type = Documents if self._cut else Pieces
+            dealer_type = Documents if self._cut else Lanes
             self._dealer = dealer_type(self._bos, self._shard.num_tokens, shape)
             self._dealer_shape = shape
-        offset, parts = self.position.offset, []
+        offset = self.position.offset
         if offset > self._dealer.end:
             raise DataError(
                 f"{self._shard.path}: the position to start from is {offset}, beyond the shard's "
                 f"end {self._dealer.end}; resume with the shards of the run that stored it"
             )
-        for _ in range(NUM_PARTS):
-            dealt = self._dealer.deal(offset)
-            if dealt is None:
-                return None
-            part, offset = dealt
-            parts.append(part)
+        dealt = self._dealer.deal_step(offset)
+        if dealt is None:
+            return None
+        parts, offset = dealt
         for part in parts:
             shape.check_documents_fit(self._shard.path, len(part.starts))
         self.position = LoaderPosition(self.position.shard, offset, self.position.epoch)

@@ -141,7 +141,7 @@ def stdlib_corpus(folder: Path | str) -> Path:
         folder,
         "stdlib",
         documents(),
-        long_documents="cut",
+        long_documents="split",
         python=f"{platform.python_implementation()} {platform.python_version()}",
         sources_sha256=hashlib.sha256(repr(files).encode()).hexdigest(),
     )

@@ -1,0 +1,5 @@
+"""Front door of `adam_step`: Adam with cautious weight decay. Backend: the reference."""
+
+from speedrun.reference.adam_step import adam_step
+
+__all__ = ["adam_step"]

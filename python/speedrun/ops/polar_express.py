@@ -1,0 +1,5 @@
+"""Front door of `polar_express`: orthogonalisation of a bank of matrices. Backend: the reference."""
+
+from speedrun.reference.polar_express import polar_express
+
+__all__ = ["polar_express"]

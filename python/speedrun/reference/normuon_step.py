@@ -1,0 +1,60 @@
+"""NorMuon around the orthogonalisation (arXiv 2510.05491): RECIPE section 4, steps 1, 3 and 4.
+
+B matrices of M × N in a bank. `low_BMN` holds the low 16 bits of weights whose upper 16 bits are
+the bf16 parameter; it is None where the parameter itself is exact (float32, float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float) -> Tensor:
+    """M ← lerp(M, G, 1−μ) in place; returns the Nesterov gradient lerp(G, M, μ)."""
+    g = grad_BMN.to(momentum_BMN.dtype)
+    momentum_BMN.lerp_(g, 1 - mu)
+    return g.lerp(momentum_BMN, mu)
+
+
+def variance_rescale(o_BMN: Tensor, second: Tensor, beta2: float) -> Tensor:
+    """O/√S per row (M ≥ N) or column, rescaled to its old norm; S ← lerp(S, mean O², 1−β2).
+
+    `second` is (B, M, 1) or (B, 1, N), updated in place. One rounding to O's type at the end.
+    """
+    o = o_BMN.to(second.dtype)
+    axis = -1 if o.shape[-2] >= o.shape[-1] else -2
+    v = o.square().mean(axis, keepdim=True)
+    second.lerp_(v, 1 - beta2)
+    scale = second.clamp(min=1e-10).rsqrt()
+    size = o.shape[axis]
+    norm = (v.sum((-2, -1), keepdim=True) * size).sqrt()
+    new_norm = ((v * size * scale.square()).sum((-2, -1), keepdim=True)).sqrt()
+    return (o * (scale * (norm / new_norm.clamp(min=1e-10)))).to(o_BMN.dtype)
+
+
+def weight_update(
+    weight_BMN: Tensor, low_BMN: Tensor | None, o_BMN: Tensor, lr_B11: Tensor, wd: float
+) -> None:
+    """W ← (W − [O·W ≥ 0]·W·wd·lr) − O·lr on the exact weight, in place; bf16 is cut off."""
+    exact = weight_BMN if low_BMN is None else join_bits(weight_BMN, low_BMN)
+    o = o_BMN.to(exact.dtype)
+    decay = exact * (o * exact >= 0) * (wd * lr_B11)
+    exact = exact - decay - o * lr_B11
+    if low_BMN is None:
+        weight_BMN.copy_(exact)
+    else:
+        split_bits(exact, weight_BMN, low_BMN)
+
+
+def join_bits(weight: Tensor, low: Tensor) -> Tensor:
+    """The exact float32 weight: bf16 upper half, int16 lower half (the bits of a uint16)."""
+    upper = weight.view(torch.int16).to(torch.int32) << 16
+    return (upper | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+
+
+def split_bits(exact: Tensor, weight: Tensor, low: Tensor) -> None:
+    """Write the upper half of `exact` to `weight` and the lower half to `low`, in place."""
+    bits = exact.view(torch.int32)
+    weight.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
+    low.copy_(bits.to(torch.int16))
