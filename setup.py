@@ -20,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BYTES_PER_JOB = 4 << 30  # what an nvcc job needs over CUTLASS headers
+KIB_PER_JOB = 4 << 20  # for nvcc over CUTLASS headers
 CUDA_REQUIRES = ["torch>=2.10", "nvidia-cutlass>=4.2"]  # for their headers
 
 
@@ -46,12 +46,12 @@ def gpu_is_visible():
 
 
 def cuda_is_wanted():
-    choice = os.environ.get("SPEEDRUN_CUDA", "auto")
+    choice, nvcc = os.environ.get("SPEEDRUN_CUDA", "auto"), find_nvcc()
     if choice not in ("auto", "0", "1"):
         sys.exit(f"SPEEDRUN_CUDA={choice}: allowed are auto, 0 and 1")
-    if choice == "1" and not find_nvcc():
+    if choice == "1" and not nvcc:
         sys.exit("SPEEDRUN_CUDA=1, but nvcc was not found: install CUDA, or set CUDA_HOME")
-    return choice == "1" or (choice == "auto" and bool(find_nvcc()) and gpu_is_visible())
+    return choice == "1" or (choice == "auto" and nvcc and gpu_is_visible())
 
 
 def find_compiler():
@@ -66,9 +66,9 @@ def missing_tool(compiler):
     tools = {"cmake": find_tool("cmake", "CMAKE_BIN_DIR"), "ninja": find_tool("ninja", "BIN_DIR")}
     tools["pybind11"] = importlib.util.find_spec("pybind11")
     if None in tools.values():
-        return "not installed: " + ", ".join(name for name in tools if tools[name] is None)
+        return f"not installed: {', '.join(name for name in tools if tools[name] is None)}"
     if compiler is None:
-        return f"no C++ compiler was found (CXX={os.environ.get('CXX', '')!r}, c++, g++, clang++)"
+        return f"no C++ compiler: tried {os.environ.get('CXX') or 'c++, g++, clang++'}"
     with tempfile.TemporaryDirectory() as folder:  # a probe, so that our own errors stay errors
         Path(folder, "probe.cpp").write_text("#include <Python.h>\n#include <span>\n")
         flags = ["-std=c++20", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}"]
@@ -82,11 +82,10 @@ def num_jobs():
     cores, asked = os.cpu_count() or 1, int(os.environ.get("MAX_JOBS") or 0)
     try:
         cores = len(os.sched_getaffinity(0))
-        words = Path("/proc/meminfo").read_text().split()
-        free_bytes = int(words[words.index("MemAvailable:") + 1]) << 10
-    except (AttributeError, OSError, ValueError):  # not Linux
+        free_kib = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
+    except (AttributeError, OSError, IndexError):  # not Linux
         return asked or cores
-    return asked or max(1, min(cores, free_bytes // BYTES_PER_JOB))
+    return asked or max(1, min(cores, int(free_kib) // KIB_PER_JOB))
 
 
 class CMakeBuild(build_ext):
@@ -104,11 +103,11 @@ class CMakeBuild(build_ext):
             self.extensions.pop()
         for stale in Path(self.build_lib, "speedrun").glob("_[Ch]*.so"):
             stale.unlink()  # from a build with other choices: it would get into the wheel
-        folder = self.run_cmake(compiler) if self.extensions else None
+        built = self.run_cmake(compiler) if self.extensions else None
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / target.name, target)
+            self.mkpath(str(target.parent))
+            shutil.copy2(built / target.name, target)
 
     def run_cmake(self, compiler):
         """Configures and builds; returns the folder that holds the modules."""
@@ -125,12 +124,12 @@ class CMakeBuild(build_ext):
         }
         fixed = folder / "fixed.txt"  # what CMake can't change in a build folder
         now = f"{ROOT} {compiler} {options['CMAKE_CUDA_COMPILER']}"
-        if folder.exists() and not (fixed.exists() and fixed.read_text() == now):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if not fixed.exists() or fixed.read_text() != now:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
         fixed.write_text(now)
-        settings = ["--no-warn-unused-cli", *(f"-D{key}={options[key]}" for key in options)]
-        configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *settings]
+        configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", "--no-warn-unused-cli"]
+        configure += [f"-D{key}={value}" for key, value in options.items()]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with (folder / "build.log").open("a") as log:  # tests read ptxas's lines in it
             for command in (configure, [ninja, "-C", folder, "-j", str(num_jobs())]):

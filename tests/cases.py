@@ -1,4 +1,4 @@
-"""Shapes that operators are tested and measured at, each with its reason. Shared with benchmarks/."""
+"""Shapes that operators are tested and measured at, each with its reason; for benchmarks/ too."""
 
 import dataclasses
 

@@ -11,7 +11,6 @@ from cases import TRANSPOSE_SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate, assert_same_bits, bits
-
 from speedrun import ops
 from speedrun.ops._dispatch import library_problem
 from speedrun.ops.transpose import ADD_DTYPES, DTYPES

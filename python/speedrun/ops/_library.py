@@ -34,7 +34,7 @@ def define(
 
 
 def define_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Gradient of the functional operator `speedrun::<name>`; see torch.library.register_autograd."""
+    """Gradient of `speedrun::<name>`; the arguments are torch.library.register_autograd's."""
     torch.library.register_autograd(
         f"speedrun::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
