@@ -44,7 +44,9 @@ class LayerSpec:
         values: dict[str, Any] = {}
         for word in text.split("+"):
             if word not in cls.WORDS:
-                raise ConfigError(f"layer role {word!r} is unknown; allowed: {', '.join(cls.WORDS)}")
+                raise ConfigError(
+                    f"layer role {word!r} is unknown; allowed: {', '.join(cls.WORDS)}"
+                )
             values |= cls.WORDS[word]
         return cls(**values)
 

@@ -20,8 +20,9 @@ from speedrun._numpy_loader import HEADER_BYTES
 from speedrun.data import BYTES, DataError
 from speedrun.shards import MANIFEST, folder_lock, read_manifest, write_splits
 
+# Validation runs every few seconds of a short training: enough text to be a fair sample, and no more.
 VAL_FRAC = 0.05
-MIN_VAL_BYTES, MAX_VAL_BYTES = 200_000, 500_000
+MIN_VAL_BYTES, MAX_VAL_BYTES = 100_000, 150_000
 MIN_TEXT_BYTES = 1_000
 TEXT_TRAIN_FRAC = 0.9
 
@@ -115,7 +116,7 @@ def _build_once(
 def stdlib_corpus(folder: Path | str) -> Path:
     """Byte-level shards of the standard library's sources in `folder`, which is returned.
 
-    Each file is a document; about 5 % of the bytes, and 200 to 500 kB, are validation. Built
+    Each file is a document; about 5 % of the bytes, and 100 to 150 kB, are validation. Built
     again when Python's version or its set of files changes. DataError where the sources are absent
     or the folder can't be written.
     """

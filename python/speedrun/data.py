@@ -50,8 +50,27 @@ __all__ = [
     "cu_seqlens_entries",
     "find_shards",
     "read_format",
+    "read_long_documents",
     "validation_parts",
 ]
+
+
+_MANIFEST_FIX = (
+    'write {"tokenizer": ..., "vocab_size": ..., "bos_id": ...}, or none for GPT-2 shards'
+)
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: not a readable JSON file ({e}); {_MANIFEST_FIX}") from None
+    if not isinstance(manifest, dict):
+        kind = type(manifest).__name__
+        raise DataError(f"{path}: holds a {kind}, not an object; {_MANIFEST_FIX}")
+    return manifest
 
 
 def read_format(folder) -> DataFormat:
@@ -61,15 +80,7 @@ def read_format(folder) -> DataFormat:
     Raises DataError for a manifest that cannot be read or makes no sense.
     """
     path = Path(folder) / "manifest.json"
-    fix = 'write {"tokenizer": ..., "vocab_size": ..., "bos_id": ...}, or none for GPT-2 shards'
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return GPT2
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: not a readable JSON file ({e}); {fix}") from None
-    if not isinstance(manifest, dict):
-        raise DataError(f"{path}: holds a {type(manifest).__name__}, not an object; {fix}")
+    manifest = _read_manifest(path)
     tokenizer, vocab_size, bos_id = values = [
         manifest.get(key) for key in ("tokenizer", "vocab_size", "bos_id")
     ]
@@ -78,12 +89,21 @@ def read_format(folder) -> DataFormat:
     if not isinstance(tokenizer, str) or type(vocab_size) is not int or type(bos_id) is not int:
         raise DataError(
             f"{path}: tokenizer {tokenizer!r}, vocab_size {vocab_size!r}, bos_id {bos_id!r} are "
-            f"not a name and two integers; {fix}"
+            f"not a name and two integers; {_MANIFEST_FIX}"
         )
     try:
         return DataFormat(tokenizer, vocab_size, bos_id)
     except DataError as e:
-        raise DataError(f"{path}: {e}; {fix}") from None
+        raise DataError(f"{path}: {e}; {_MANIFEST_FIX}") from None
+
+
+def read_long_documents(folder) -> str | None:
+    """ "cut" or "split" where folder/manifest.json says how long documents are to be read."""
+    path = Path(folder) / "manifest.json"
+    value = _read_manifest(path).get("long_documents")
+    if value not in (None, "cut", "split"):
+        raise DataError(f'{path}: long_documents is {value!r}; use "cut" or "split"')
+    return value
 
 
 def find_shards(folder, split: str) -> list[Path]:

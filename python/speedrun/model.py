@@ -154,7 +154,11 @@ class GPT(nn.Module):
         q, k, v = (t.unflatten(-1, heads) for t in qkv.chunk(3, dim=-1))
         q, k = qk_norm_rope(q, *rotary), qk_norm_rope(k, *rotary)
         y = attention(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), windows[spec.window], self.score_scale
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            windows[spec.window],
+            self.score_scale,
         )
         return y.flatten(1).unflatten(0, h_PTD.shape[:2]) @ w_o.T
 

@@ -90,7 +90,10 @@ class Optimizer:
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, comms: Comms
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        comms: Comms,
     ) -> None:
         self.config, self.comms = config, comms
         muon = {row.name: row for row in config.muon_table}

@@ -90,9 +90,7 @@ def _between(start: float, end: float, frac: float) -> float:
 
 def stage_ends(config: ScheduleConfig) -> list[int]:
     """Step after the last of each scheduled stage: round(N/3), round(2N/3), N for three stages."""
-    fracs = config.stage_ends or [
-        (i + 1) / len(config.stages) for i in range(len(config.stages))
-    ]
+    fracs = config.stage_ends or [(i + 1) / len(config.stages) for i in range(len(config.stages))]
     ends = [round(config.num_steps * frac) for frac in fracs]
     for start, end in zip([0, *ends], ends, strict=False):
         if end <= start:

@@ -32,7 +32,9 @@ def plan_attention(
     return block_mask(cu_seqlens, num_tokens, window, dtype)
 
 
-def attention(q_THK: Tensor, k_THK: Tensor, v_THE: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def attention(
+    q_THK: Tensor, k_THK: Tensor, v_THE: Tensor, plan: AttentionPlan, scale: float
+) -> Tensor:
     """(T, H, E) attention output of queries and keys (T, H, K) and values (T, H, E)."""
     if q_THK.shape != k_THK.shape or q_THK.shape[:2] != v_THE.shape[:2]:
         raise ValueError(

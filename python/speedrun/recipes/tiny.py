@@ -44,7 +44,9 @@ def config() -> Config:
         ),
         schedule=ScheduleConfig(
             num_steps=400,
-            stages=(Stage(tokens_per_step=4096, max_seq_len=256, window_short=64, window_long=128),),
+            stages=(
+                Stage(tokens_per_step=4096, max_seq_len=256, window_short=64, window_long=128),
+            ),
             val_interval=20,
             momentum_warmup_steps=50,
             momentum_cooldown_steps=20,

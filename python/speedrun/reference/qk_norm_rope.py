@@ -17,7 +17,9 @@ def rotary_frequencies(head_dim: int, base: float) -> Tensor:
     return (1 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float64)
 
 
-def rotary_table(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    frequencies: Tensor, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin (T, 1, K/4) of position * frequency; angles in the frequencies' own type."""
     theta = positions.to(frequencies.dtype)[:, None, None] * frequencies
     return theta.cos().to(dtype), theta.sin().to(dtype)

@@ -1,0 +1,222 @@
+"""What a run leaves behind: log.txt (the public format), metrics.jsonl, config.json, loss.png.
+
+Only rank 0 writes. Lines are flushed as they are made, so that a run that dies keeps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import speedrun
+from speedrun.config import Config, to_dict
+
+CONSOLE_INTERVAL_S = 5.0  # between training lines on a console without a progress bar
+
+
+class RunError(RuntimeError):
+    """A run that can't go on. The message names the step or the file, and the fix."""
+
+
+class Clock:
+    """Training time. Runs from `start` on, stops inside `paused` (RECIPE: task).
+
+    On a GPU the device is waited for on both sides of each stretch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.elapsed_s = 0.0
+        self._since: float | None = None
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def start(self) -> None:
+        self._synchronize()
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._synchronize()
+        self.elapsed_s = self.now_s()
+        self._since = None
+        yield
+        self.start()
+
+    def now_s(self) -> float:
+        """Seconds so far, without waiting for the device."""
+        return self.elapsed_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+def new_run_folder(out: str | None, recipe: str) -> Path:
+    """Make the run's folder; RunError if it holds a run already or can't be written."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(out) if out else Path("runs") / f"{stamp}_{recipe}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "log.txt").exists():
+            raise RunError(f"{folder}: holds a run already; choose another folder by --out")
+        (folder / "log.txt").touch()
+    except OSError as error:
+        raise RunError(
+            f"{folder}: can't be written ({error.strerror}); choose another folder by --out"
+        ) from None
+    return folder
+
+
+def source_hashes() -> dict[str, str]:
+    """sha256 of every source and compiled file of the package, by path inside it."""
+    root = Path(speedrun.__file__).parent
+    files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".so", ".json"))
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
+def git_commit() -> str:
+    """The commit of the checkout that the package runs from, "-dirty" if changed, or "none"."""
+    command = ["git", "-C", str(Path(speedrun.__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(
+            [*command, "--abbrev=40", "--exclude=*"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return result.stdout.strip() or "none"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the log's header."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "speedrun": speedrun.__version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if has_gpu
+        else [],
+        "command": " ".join(sys.argv),
+    }
+
+
+def format_line(step: int, total_steps: int, name: str, loss: float, train_time_s: float) -> str:
+    """`step:10/100 val_loss:4.1234 train_time:1234ms step_avg:12.34ms`, the public format."""
+    time_ms = train_time_s * 1e3
+    return (
+        f"step:{step}/{total_steps} {name}:{loss:.4f} "
+        f"train_time:{time_ms:.0f}ms step_avg:{time_ms / max(step, 1):.2f}ms"
+    )
+
+
+class RunLog:
+    """Writes the files of one run and shows its progress. On other ranks than 0 it is silent."""
+
+    def __init__(self, folder: Path | None, total_steps: int, log_interval: int) -> None:
+        self.folder, self.total_steps, self.log_interval = folder, total_steps, log_interval
+        self.val_loss: float | None = None
+        self._text = self._metrics = self._bar = None
+        self._last_shown_s = 0.0
+        if folder is not None:
+            self._text = open(folder / "log.txt", "w", buffering=1, encoding="utf-8")
+            self._metrics = open(folder / "metrics.jsonl", "w", buffering=1, encoding="utf-8")
+
+    def header(self, config: Config, facts: dict[str, Any]) -> None:
+        """Config, versions, machine and hashes of the sources, before the first step."""
+        if self.folder is None:
+            return
+        values = {
+            "config": to_dict(config),
+            "environment": environment(),
+            "sources": source_hashes(),
+            **facts,
+        }
+        (self.folder / "config.json").write_text(json.dumps(values["config"], indent=1) + "\n")
+        self._event("header", **values)
+        for key, value in {**values["environment"], **facts}.items():
+            self._write(f"{key}: {value}")
+        digest = hashlib.sha256(json.dumps(values["sources"]).encode()).hexdigest()
+        self._write(f"sources: {len(values['sources'])} files, sha256 {digest} of their hashes")
+        self._write(json.dumps(values["config"]))
+        self._write("=" * 100)
+
+    def say(self, line: str) -> None:
+        """One line to the log and to the screen."""
+        if self.folder is not None:
+            self._write(line)
+            self._show(line)
+
+    def validation(self, step: int, loss: float, train_time_s: float) -> None:
+        self.val_loss = loss
+        self._event("validation", step=step, val_loss=loss, train_time_s=train_time_s)
+        self.say(format_line(step, self.total_steps, "val_loss", loss, train_time_s))
+
+    def training(self, step: int, loss: float, train_time_s: float, tokens_done: int) -> None:
+        """After `step` steps: the last one's mean loss, and the training tokens seen so far."""
+        if self.folder is None:
+            return
+        line = format_line(step, self.total_steps, "train_loss", loss, train_time_s)
+        self._event("training", step=step, train_loss=loss, train_time_s=train_time_s)
+        if step % self.log_interval == 0:
+            self._write(line)
+        tokens_per_s = tokens_done / max(train_time_s, 1e-9)
+        if self._bar is None:
+            self._bar = _progress_bar(self.total_steps)
+        if self._bar:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s")
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._last_shown_s > CONSOLE_INTERVAL_S:
+            left_s = train_time_s / step * (self.total_steps - step)
+            print(f"{line} {tokens_per_s:,.0f} tokens/s, {left_s:.0f} s left", flush=True)
+            self._last_shown_s = time.monotonic()
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+        for file in (self._text, self._metrics):
+            if file is not None:
+                file.close()
+
+    def _event(self, kind: str, **values: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(json.dumps({"event": kind, **values}) + "\n")
+
+    def _write(self, line: str) -> None:
+        self._text.write(line + "\n")
+
+    def _show(self, line: str) -> None:
+        if self._bar:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+
+def _progress_bar(total_steps: int) -> Any:
+    """A tqdm bar on a terminal; False without tqdm or without a terminal."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return False
+    return tqdm(total=total_steps, unit="step", dynamic_ncols=True)

@@ -1,0 +1,472 @@
+"""The training program: `speedrun train`, or `torchrun --nproc_per_node=N -m speedrun.train`.
+
+main() is the program; below it are its phases in call order. Environment variables are read in
+`start_run` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speedrun import hardware, recipes
+from speedrun.comms import Comms
+from speedrun.config import (
+    NUM_PARTS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    apply_overrides,
+    check,
+)
+from speedrun.corpus import compressed_nats_per_byte, stdlib_corpus, text_corpus
+from speedrun.data import (
+    BatchShape,
+    DataError,
+    DataFormat,
+    StepBatch,
+    TokenLoader,
+    check_schedule,
+    cu_seqlens_entries,
+    find_shards,
+    read_format,
+    read_long_documents,
+    validation_parts,
+)
+from speedrun.evaluate import evaluate
+from speedrun.model import GPT, LossWeights, MicroBatch
+from speedrun.optim import Optimizer
+from speedrun.plot import plot_loss
+from speedrun.runlog import Clock, RunError, RunLog, new_run_folder
+from speedrun.schedule import Schedule, StepPlan, scaled
+
+DATA_FOLDER = Path("data")  # of corpora and fetched shards, in the working directory
+
+
+def main(args: argparse.Namespace) -> None:
+    """One run. Raises ConfigError, DataError or RunError with a message for the user."""
+    config = configure(args)
+    run = start_run(args, config)
+    data = open_data(args, config)
+    config = dataclasses.replace(config, model=model_for(config, data.format))
+    schedule = Schedule(config.schedule)
+    preflight(config, data, schedule)
+    log = start_log(args, config, data, run)
+
+    model = build_model(config, run, args.seed)
+    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms)
+    warm_up(model, optimizer, schedule, config, data, run)
+    losses = LossQueue()
+    clock = Clock(run.device)
+    with training_loader(config, data, schedule, run) as loader:
+        clock.start()
+        for plan in schedule:
+            if plan.validate:
+                losses.log_all(log)
+                with clock.paused():
+                    log.validation(
+                        plan.step, validate(model, config, data, plan, run), clock.elapsed_s
+                    )
+            if plan.last:
+                break
+            loss = forward_backward(model, to_micro_batches(loader.next_step(), config, run), plan)
+            optimizer.step(plan)
+            losses.push(loss, plan, clock.now_s(), run.comms)
+            losses.log_ready(log)
+    finish(config, data, log)
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """The recipe with --set and --steps applied, checked."""
+    config = apply_overrides(recipes.load(args.recipe), args.set)
+    if args.steps is not None:
+        config = dataclasses.replace(config, schedule=scaled(config.schedule, args.steps))
+    if args.repeat_data:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, repeat=True))
+    check(config)
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where this process runs. `dtype` is that of parameters and activations."""
+
+    comms: Comms
+    device: torch.device
+    dtype: torch.dtype
+
+
+def start_run(args: argparse.Namespace, config: Config) -> Run:
+    """Read torchrun's environment, choose the device, join the process group."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if world_size not in (1, 2, 4, 8):
+        raise ConfigError(f"{world_size} ranks: a step has eight parts, so use 1, 2, 4 or 8 ranks")
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.device == "cuda" and torch.cuda.device_count() < local_world_size:
+        raise ConfigError(
+            f"{local_world_size} ranks, but {torch.cuda.device_count()} GPUs are visible: "
+            "use --device cpu or fewer ranks"
+        )
+    if args.device == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, hardware.num_cpus() // local_world_size))
+        hardware.keep_freed_memory()
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    wanted = config.precision
+    if wanted == "auto":
+        wanted = "float32" if device.type == "cpu" else "recipe"
+    dtype = torch.float32 if wanted == "float32" else torch.bfloat16
+    return Run(Comms(rank, world_size), device, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """Shards to train and validate on, and how to read them."""
+
+    train: list[Path]
+    val: list[Path]
+    format: DataFormat
+    long_documents: str
+
+
+def open_data(args: argparse.Namespace, config: Config) -> DataSource:
+    """--data, --text or the recipe's own; text becomes shards first (rank 0 builds, others wait)."""
+    if args.data:
+        folder = Path(args.data)
+    elif args.text:
+        folder = text_corpus(args.text, DATA_FOLDER)
+    elif config.data.default == "stdlib":
+        folder = stdlib_corpus(DATA_FOLDER / "stdlib")
+    else:
+        folder = DATA_FOLDER / "fineweb10B"
+    return DataSource(
+        find_shards(folder, "train"),
+        find_shards(folder, "val"),
+        read_format(folder),
+        read_long_documents(folder) or config.data.long_documents,
+    )
+
+
+def model_for(config: Config, format: DataFormat) -> ModelConfig:
+    """The model's config with the data's vocabulary; ConfigError where the two disagree."""
+    if config.model.vocab_size not in (None, format.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}, but the data's tokenizer "
+            f"{format.tokenizer!r} has {format.vocab_size} tokens: choose data or recipe to fit"
+        )
+    return dataclasses.replace(config.model, vocab_size=format.vocab_size)
+
+
+def batch_shapes(config: Config, schedule: Schedule) -> list[BatchShape]:
+    """What the loader deals: one entry a stage."""
+    shapes = []
+    for stage, start, end in zip(schedule.stages, schedule.starts, schedule.ends, strict=True):
+        tokens = stage.tokens_per_step // NUM_PARTS
+        entries = config.data.cu_seqlens_entries or cu_seqlens_entries(tokens)
+        shapes.append(BatchShape(end - start, tokens, stage.max_seq_len, entries))
+    return shapes
+
+
+def preflight(config: Config, data: DataSource, schedule: Schedule) -> None:
+    """Everything about the data that would stop the run later, found before it starts."""
+    check_schedule(
+        data.train,
+        batch_shapes(config, schedule),
+        format=data.format,
+        long_documents=data.long_documents,
+        repeat=config.data.repeat,
+    )
+    for _ in validation_arrays(config, data, rank=0, world_size=NUM_PARTS):
+        pass
+
+
+def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: Run) -> RunLog:
+    """The run's folder, on rank 0; the other ranks learn whether it could be made."""
+    folder, problem = None, None
+    if run.comms.rank == 0:
+        try:
+            folder = new_run_folder(args.out, config.name)
+        except RunError as error:
+            problem = str(error)
+    problem = run.comms.gather_objects(problem)[0]
+    if problem:
+        raise RunError(problem)
+    log = RunLog(folder, config.schedule.total_steps, config.log_interval)
+    log.header(
+        config,
+        {
+            "seed": args.seed,
+            "device": hardware.device_name(run.device),
+            "world_size": run.comms.world_size,
+            "dtype": str(run.dtype),
+            "train_data": [str(path) for path in data.train],
+            "val_data": [str(path) for path in data.val],
+            "tokenizer": data.format.tokenizer,
+        },
+    )
+    log.say(
+        f"recipe {config.name}: {config.schedule.total_steps} steps on {run.comms.world_size} x "
+        f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}; "
+        f"log in {folder}"
+    )
+    if config.data.repeat:
+        log.say("data.repeat is on: after the last shard the token stream starts again")
+    return log
+
+
+def build_model(config: Config, run: Run, seed: int) -> GPT:
+    model = GPT(config.model, run.dtype)
+    model.init_weights(seed)
+    return model.to(run.device)
+
+
+def warm_up(
+    model: GPT,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    config: Config,
+    data: DataSource,
+    run: Run,
+) -> None:
+    """Run every shape once on made-up tokens, before the clock; then put all state back."""
+    snapshot = optimizer.snapshot()
+    generator = np.random.default_rng(0)
+    for shape, start in zip(batch_shapes(config, schedule), schedule.starts, strict=True):
+        size = (NUM_PARTS // run.comms.world_size, shape.tokens_per_part)
+        tokens = generator.integers(0, data.format.vocab_size, size, dtype=np.int32)
+        cu_seqlens = np.full((size[0], shape.cu_seqlens_entries), size[1], np.int32)
+        cu_seqlens[:, 0] = 0
+        rows = [
+            np.zeros(size, np.int32) if table else None
+            for table in (config.model.bigram_rows, config.model.sign_rows)
+        ]
+        made_up = StepBatch(tokens, tokens, cu_seqlens, *rows, position=None)
+        plan = schedule.plan(start)
+        for step in range(config.optim.adam_interval):
+            forward_backward(model, to_micro_batches(made_up, config, run), plan)
+            optimizer.step(dataclasses.replace(plan, step=step))
+        evaluate(
+            model,
+            to_micro_batches(made_up, config, run),
+            (plan.window_short, plan.window_long),
+            run.comms,
+        )
+    optimizer.restore(snapshot)
+
+
+def training_loader(config: Config, data: DataSource, schedule: Schedule, run: Run) -> TokenLoader:
+    return TokenLoader(
+        data.train,
+        batch_shapes(config, schedule),
+        format=data.format,
+        bigram_table_rows=config.model.bigram_rows,
+        sign_table_rows=config.model.sign_rows,
+        rank=run.comms.rank,
+        world_size=run.comms.world_size,
+        long_documents=data.long_documents,
+        repeat=config.data.repeat,
+    )
+
+
+def to_micro_batches(batch: StepBatch, config: Config, run: Run) -> list[MicroBatch]:
+    """This rank's parts in groups of `micro_batch_parts` (fewer where the rank has fewer)."""
+    num_parts, num_tokens = batch.inputs.shape
+    group = min(config.micro_batch_parts, num_parts)
+
+    def tensor(array: np.ndarray | None, dtype: torch.dtype = torch.int32) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(run.device, dtype)
+
+    micro_batches = []
+    for begin in range(0, num_parts, group):
+        parts = slice(begin, begin + group)
+        offsets = np.arange(group, dtype=np.int32)[:, None] * num_tokens
+        micro_batches.append(
+            MicroBatch(
+                tensor(batch.inputs[parts]),
+                tensor(batch.targets[parts], torch.int64),
+                tensor((batch.cu_seqlens[parts] + offsets).reshape(-1)),
+                None if batch.bigram_rows is None else tensor(batch.bigram_rows[parts]),
+                None if batch.sign_rows is None else tensor(batch.sign_rows[parts]),
+            )
+        )
+    return micro_batches
+
+
+def validation_arrays(config: Config, data: DataSource, rank: int, world_size: int) -> Iterator:
+    return validation_parts(
+        data.val,
+        format=data.format,
+        tokens_per_part=config.data.val_tokens_per_part,
+        num_tokens=config.data.val_tokens,
+        bigram_table_rows=config.model.bigram_rows,
+        sign_table_rows=config.model.sign_rows,
+        rank=rank,
+        world_size=world_size,
+        cu_seqlens_entries=config.data.cu_seqlens_entries,
+    )
+
+
+def validate(model: GPT, config: Config, data: DataSource, plan: StepPlan, run: Run) -> float:
+    """Mean validation loss, with this step's windows."""
+
+    def batches() -> Iterator[MicroBatch]:
+        for part in validation_arrays(config, data, run.comms.rank, run.comms.world_size):
+            arrays = [part.inputs, part.targets, part.cu_seqlens, part.bigram_rows, part.sign_rows]
+            rows = [None if array is None else array[None] for array in arrays]
+            yield from to_micro_batches(StepBatch(*rows, position=None), config, run)
+
+    return evaluate(model, batches(), (plan.window_short, plan.window_long), run.comms)
+
+
+def forward_backward(model: GPT, micro_batches: list[MicroBatch], plan: StepPlan) -> Tensor:
+    """Gradients of the step's summed loss / 8 added to `.grad`; returns this rank's summed loss.
+
+    Whatever the number of ranks, the sum over them is the gradient of all positions / 8.
+    """
+    weights = LossWeights(plan.multi_token_weights)
+    total = torch.zeros((), device=model.embed.device)
+    for batch in micro_batches:
+        windows = model.plan_windows(batch, plan.window_short, plan.window_long)
+        loss = model.training_loss(batch, windows, weights)
+        (loss / NUM_PARTS).backward()
+        total += loss.detach()
+    return total
+
+
+class LossQueue:
+    """Losses on their way from the device to the log, without waiting for the device.
+
+    A non-finite loss raises RunError with its step, on all ranks alike: the loss is their sum.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, StepPlan, float]] = deque()
+        self._tokens_done = 0
+
+    def push(self, loss: Tensor, plan: StepPlan, train_time_s: float, comms: Comms) -> None:
+        comms.all_reduce_sum([loss])
+        event = None
+        if loss.is_cuda:
+            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            loss = host.copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((loss, event, plan, train_time_s))
+
+    def log_ready(self, log: RunLog, wait: bool = False) -> None:
+        while self._pending:
+            loss, event, plan, train_time_s = self._pending[0]
+            if event is not None and not wait and not event.query():
+                return
+            if event is not None:
+                event.synchronize()
+            self._pending.popleft()
+            mean = loss.item() / plan.tokens_per_step
+            if not np.isfinite(mean):
+                raise RunError(
+                    f"step {plan.step}: the training loss is {mean}; the run is stopped. "
+                    "Lower optim.muon_lr or optim.adam_lr by --set, or try --set precision=float32"
+                )
+            self._tokens_done += plan.tokens_per_step
+            log.training(plan.step + 1, mean, train_time_s, self._tokens_done)
+
+    def log_all(self, log: RunLog) -> None:
+        self.log_ready(log, wait=True)
+
+
+def finish(config: Config, data: DataSource, log: RunLog) -> None:
+    """The verdict, the picture and what to try next, on rank 0."""
+    if log.folder is None or log.val_loss is None:
+        return
+    target = config.target_loss
+    what = "the recipe's target"
+    if target == "gzip" and data.format.tokenizer == "bytes":
+        sizes = compressed_nats_per_byte(data.val)
+        target, what = sizes["gzip"], f"gzip -9 on the same bytes (bz2 -9: {sizes['bz2']:.4f})"
+    if isinstance(target, float):
+        verdict = "reached" if log.val_loss <= target else "not reached"
+        log.say(f"final val_loss {log.val_loss:.4f}; target {target:.4f}, {what}: {verdict}")
+    else:
+        target = float("nan")  # gzip's figure is per byte, these tokens are not bytes
+        log.say(f"final val_loss {log.val_loss:.4f} nats a token")
+    try:
+        log.say(f"loss curve: {plot_loss(log.folder, config.name, target)}")
+    except ImportError:
+        log.say("no loss curve: matplotlib is missing (pip install 'nanogpt-speedrun[cli]')")
+    log.say(NEXT_STEPS.format(recipe=config.name, folder=log.folder))
+    log.close()
+
+
+NEXT_STEPS = """next:
+  your own text     speedrun train --recipe {recipe} --text FILE
+  a larger model    speedrun train --recipe {recipe} --set model.layers=short*4
+  two processes     torchrun --standalone --nproc_per_node=2 -m speedrun.train --recipe {recipe}
+  every number      {folder}/metrics.jsonl, config.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="tiny", help=f"one of: {', '.join(recipes.names())}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a config value"
+    )
+    parser.add_argument("--steps", type=int, help="total steps; the schedule scales with it")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="DIR", help="folder of token shards")
+    source.add_argument("--text", metavar="FILE", help="any text, as bytes: 90 %% train, 10 %% val")
+    parser.add_argument(
+        "--repeat-data", action="store_true", help="start again after the last shard"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the run (default: runs/TIME_RECIPE)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where a GPU is visible",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """main() with readable errors; the process's exit code."""
+    rank = os.environ.get("RANK")
+    who = "speedrun" if rank is None else f"speedrun: rank {rank}"
+    warnings.showwarning = lambda message, *_: print(f"{who}: warning: {message}", file=sys.stderr)
+    try:
+        main(args)
+        code = 0
+    except (ConfigError, DataError, RunError) as error:
+        print(f"{who}: error: {error}", file=sys.stderr, flush=True)
+        code = 1
+    except KeyboardInterrupt:
+        print(f"{who}: interrupted", file=sys.stderr, flush=True)
+        code = 130
+    if dist.is_initialized():
+        with contextlib.suppress(Exception):  # a rank that failed has left the group already
+            dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="speedrun.train", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))
