@@ -53,6 +53,7 @@ from speedrun.runlog import Clock, RunError, RunLog, new_run_folder
 from speedrun.schedule import Schedule, StepPlan, scaled
 
 DATA_FOLDER = Path("data")  # of corpora and fetched shards, in the working directory
+FINEWEB_FOLDER = DATA_FOLDER / "fineweb10B"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def open_data(args: argparse.Namespace, config: Config) -> DataSource:
     elif config.data.default == "stdlib":
         folder = stdlib_corpus(DATA_FOLDER / "stdlib")
     else:
-        folder = DATA_FOLDER / "fineweb10B"
+        folder = FINEWEB_FOLDER
     return DataSource(
         find_shards(folder, "train"),
         find_shards(folder, "val"),
@@ -444,6 +445,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: cuda where a GPU is visible",
     )
+
+
+def to_argv(args: argparse.Namespace) -> list[str]:
+    """The arguments again as a command line, for the processes that torchrun starts."""
+    argv = [f"--set={override}" for override in args.set]
+    for name in ("recipe", "steps", "data", "text", "out", "seed", "device"):
+        value = getattr(args, name)
+        argv += [] if value is None else [f"--{name}={value}"]
+    return argv + ["--repeat-data"] * args.repeat_data
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,13 +21,14 @@ def config() -> Config:
         model=ModelConfig(
             layers=LayerSpec.parse_many("short*2"),
             model_dim=128,
-            num_heads=4,
-            head_dim=32,
+            num_heads=2,
+            head_dim=64,
             mlp_hidden=512,
             vocab_multiple=16,
             bigram_rows=8192,
-            bigram_dim=64,
+            bigram_dim=128,
             bigram_scale=1.0,
+            score_scale=0.2,
         ),
         optim=OptimConfig(
             muon_table=(
@@ -38,20 +39,26 @@ def config() -> Config:
             adam_table=(
                 AdamRow("lm_head", 0.5, 0.95, wd_mul=150.0),
                 AdamRow("embed", 0.5, 0.95, wd_mul=150.0),
-                AdamRow("bigram_embed", 0.75, 0.95, wd_mul=5.0),
+                AdamRow("bigram_embed", 0.75, 0.95, lr_mul=8.0, wd_mul=5.0),
             ),
+            muon_lr=0.03,
             adam_interval=1,
         ),
         schedule=ScheduleConfig(
             num_steps=400,
             stages=(
+                Stage(tokens_per_step=2048, max_seq_len=256, window_short=64, window_long=128),
                 Stage(tokens_per_step=4096, max_seq_len=256, window_short=64, window_long=128),
             ),
-            val_interval=20,
+            stage_ends=(0.4, 1.0),
+            val_interval=15,
+            lr_cooldown_start_frac=0.3,
+            lr_end=0.05,
+            momentum_peak=0.9,
             momentum_warmup_steps=50,
             momentum_cooldown_steps=20,
         ),
-        data=DataConfig(default="stdlib", val_tokens=None, val_tokens_per_part=4096),
+        data=DataConfig(default="stdlib", repeat=True, val_tokens=None, val_tokens_per_part=4096),
         target_loss="gzip",
         micro_batch_parts=8,
     )
