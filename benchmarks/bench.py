@@ -1,0 +1,116 @@
+"""Timing of functions against each other.
+
+On a GPU: CUDA events, in four modes. Cold: the L2 cache is overwritten before every sample, as in
+training, where a kernel's input comes from memory. Warm: calls one after another; flatters small
+inputs. Plain: launched from Python; graph: replayed from a CUDA graph, without launch cost. Plain
+and graph, cold and warm answer different questions, so all four are kept. On a CPU: perf_counter,
+one mode, called cpu.
+
+Functions are interleaved, one sample of each in turn, so that a clock that drifts hits all alike.
+All samples are kept; the figures are the median and the interquartile range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+GPU_MODES = ("cold/graph", "cold/plain", "warm/graph", "warm/plain")
+CPU_MODES = ("cpu",)
+_FLUSH_BYTES = 256 << 20  # more than any L2 cache there is
+_SAMPLE_US = 200.0  # warm samples are made at least this long by repetition
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    samples_us: tuple[float, ...]
+
+    @property
+    def median_us(self) -> float:
+        return statistics.median(self.samples_us)
+
+    @property
+    def iqr_us(self) -> float:
+        """Interquartile range: the middle half of the samples lies this close together."""
+        if len(self.samples_us) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples_us, n=4, method="inclusive")
+        return high - low
+
+
+def modes(device: torch.device) -> tuple[str, ...]:
+    return GPU_MODES if device.type == "cuda" else CPU_MODES
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]], device: torch.device, mode: str, repeats: int = 30
+) -> dict[str, Timing]:
+    """Times each function `repeats` times, in turn; each runs 3 times before (compilation, caches).
+
+    A function must do the same work every time, and in graph modes be capturable by a CUDA graph.
+    """
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    samplers = {name: _sampler(function, device, mode) for name, function in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, sample in samplers.items():
+            samples[name].append(sample())
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def _sampler(function: Callable, device: torch.device, mode: str) -> Callable[[], float]:
+    """A function that returns the microseconds of one call."""
+    if mode == "cpu":
+
+        def on_cpu() -> float:
+            start = time.perf_counter()
+            function()
+            return (time.perf_counter() - start) * 1e6
+
+        return on_cpu
+
+    cache, launch = mode.split("/")
+    call = _graph_of(function, device) if launch == "graph" else function
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cache == "cold" else None
+    calls = 1
+    if cache == "warm":
+        calls = max(1, round(_SAMPLE_US / _elapsed_us(call, 1, None)))
+    return lambda: _elapsed_us(call, calls, flush)
+
+
+def _elapsed_us(call: Callable, calls: int, flush: torch.Tensor | None) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()  # keeps the GPU busy, too, while the host enqueues what is timed
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / calls
+
+
+def _graph_of(function: Callable, device: torch.device) -> Callable[[], None]:
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def copy_rate(device: torch.device, num_bytes: int | None = None) -> float:
+    """Bytes per second, read and written, of a copy inside the memory of `device`: its roof."""
+    if num_bytes is None:
+        num_bytes = 1 << 30 if device.type == "cuda" else 1 << 26
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = time_interleaved(
+        {"copy": lambda: target.copy_(source)}, device, modes(device)[0], repeats=10
+    )
+    return 2 * num_bytes / (timing["copy"].median_us * 1e-6)
