@@ -1,5 +1,6 @@
 """Golden arrays of the public program, small configs and a way to run the training program."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 FLOAT64_NOISE = dict(rtol=1e-11, atol=1e-11)
 
 
+@functools.cache
 def golden(shared_data: Path, name: str) -> dict[str, np.ndarray]:
     """Arrays of one file of golden_089 (see its README)."""
     with np.load(shared_data / "golden_089" / name) as file:

@@ -1,5 +1,7 @@
 """`attention` against its definition: a loop over tokens, each with the list of its keys."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ attends_to_padding = pytest.mark.xfail(
 def definition(q_THK, k_THK, v_THE, cu_seqlens, window, scale):
     """RECIPE section 3: token t sees keys t−window … t of its own document."""
     out = torch.zeros_like(v_THE)
-    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for start, end in itertools.pairwise(cu_seqlens):
         for t in range(start, end):
             keys = slice(max(start, t - window), t + 1)
             for head in range(q_THK.shape[1]):
