@@ -2,9 +2,20 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from speedrun.config import (
+    AdamRow,
+    Config,
+    LayerSpec,
+    ModelConfig,
+    MuonRow,
+    OptimConfig,
+    ScheduleConfig,
+    Stage,
+)
 from torch import Tensor
 
 # Float64 results of a few hundred operations on numbers around 1: sums in another order differ by
@@ -34,3 +45,39 @@ def low_bits(array: np.ndarray) -> Tensor:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def small_config(**changes: Any) -> Config:
+    """A config of its own, so that no recipe's numbers are in the tests."""
+    banks = ("qk_bank", "vo_bank", "mlp_bank")
+    others = ("embed", "lm_head", "bigram_embed")
+    values = dict(
+        name="small",
+        model=ModelConfig(
+            layers=(LayerSpec(), LayerSpec(window="long")),
+            model_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_hidden=24,
+            vocab_size=29,
+            vocab_multiple=16,
+            bigram_rows=31,
+            bigram_dim=12,
+            sign_rows=8,
+        ),
+        optim=OptimConfig(
+            muon_table=tuple(MuonRow(name) for name in banks),
+            adam_table=tuple(AdamRow(name, 0.9, 0.95) for name in others),
+        ),
+        schedule=ScheduleConfig(
+            num_steps=30,
+            stages=(Stage(512, 64, 8, 16), Stage(1024, 128, 16, 32)),
+            extension_steps=3,
+            extension=Stage(1024, 128, 24, 48, lr_factor=0.15),
+            final_windows=(24, 64),
+            val_interval=10,
+            momentum_warmup_steps=6,
+            momentum_cooldown_steps=3,
+        ),
+    )
+    return Config(**(values | changes))
