@@ -1,11 +1,13 @@
 """Golden arrays of the public program, small configs and a way to run the training program."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from speedrun._numpy_loader import bigram_rows, sign_rows
 from speedrun.config import (
     AdamRow,
     Config,
@@ -16,6 +18,7 @@ from speedrun.config import (
     ScheduleConfig,
     Stage,
 )
+from speedrun.model import MicroBatch
 from torch import Tensor
 
 # Float64 results of a few hundred operations on numbers around 1: sums in another order differ by
@@ -81,3 +84,30 @@ def small_config(**changes: Any) -> Config:
         ),
     )
     return Config(**(values | changes))
+
+
+def make_batch(config: ModelConfig, num_parts: int, starts: list[int], seed: int = 0) -> MicroBatch:
+    """Random tokens in documents that begin at `starts`, of which the last is the length T."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, config.vocab_size, (num_parts, starts[-1] + 1))
+    return micro_batch(config, tokens, starts)
+
+
+def micro_batch(config: ModelConfig, tokens: np.ndarray, starts: list[int]) -> MicroBatch:
+    """`tokens` (P, T + 1): inputs and the targets behind them."""
+    tokens = np.ascontiguousarray(tokens, np.int32)
+    inputs, num_tokens = tokens[:, :-1], starts[-1]
+
+    def rows(function: Callable, num_rows: int) -> Tensor | None:
+        if not num_rows:
+            return None
+        return torch.from_numpy(np.stack([function(part, num_rows) for part in inputs]))
+
+    offsets = num_tokens * np.arange(len(tokens))[:, None]
+    return MicroBatch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(tokens[:, 1:]).long(),
+        torch.from_numpy((np.array(starts) + offsets).ravel().astype(np.int32)),
+        rows(bigram_rows, config.bigram_rows),
+        rows(sign_rows, config.sign_rows),
+    )
