@@ -105,9 +105,6 @@ def test_refused_overrides(override, words):
     assert words in str(error.value)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="config.py _parse: tuple[float, float] takes any number of values"
-)
 @pytest.mark.parametrize("override", ["final_windows=5", "stages.0.prefix_weight=0.1"])
 def test_pairs_need_two_values(override):
     with pytest.raises(ConfigError):
@@ -190,7 +187,6 @@ def test_all_problems_at_once():
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="config.py check: these values pass")
 @pytest.mark.parametrize(
     "override",
     [
@@ -213,11 +209,6 @@ def test_impossible_values_that_pass(override):
         check(apply_overrides(small_config(), [override]))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ZeroDivisionError,
-    reason="schedule.py scaled: divides by the total steps before train.py configure checks them",
-)
 def test_steps_of_an_empty_schedule():
     config = apply_overrides(small_config(), ["schedule.num_steps=0", "schedule.extension_steps=0"])
     with pytest.raises(ConfigError):

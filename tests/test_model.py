@@ -15,10 +15,6 @@ PLAIN = dataclasses.replace(CONFIG, bigram_rows=0, bigram_dim=0, sign_rows=0)
 SHORT, LONG, NONE = LayerSpec(), LayerSpec(window="long"), LayerSpec(attention=None)
 WINDOWS = (3, 7)
 
-attends_to_padding = pytest.mark.xfail(
-    strict=True, reason="reference/attention.py block_mask: see tests/ops/test_attention.py"
-)
-
 
 def random_model(config=CONFIG, dtype=torch.float64):
     """Every parameter away from its start, so that each part of the model counts."""
@@ -81,13 +77,12 @@ def definition(model, batch, windows):
     ("config", "windows"),
     [
         pytest.param(CONFIG, (1, 1), id="windows of 1"),
-        pytest.param(CONFIG, WINDOWS, id="bigram and signs", marks=attends_to_padding),
-        pytest.param(PLAIN, WINDOWS, id="plain", marks=attends_to_padding),
+        pytest.param(CONFIG, WINDOWS, id="bigram and signs"),
+        pytest.param(PLAIN, WINDOWS, id="plain"),
         pytest.param(
             dataclasses.replace(PLAIN, layers=(LONG, NONE, SHORT)),
             (2, 50),
             id="a layer without attention",
-            marks=attends_to_padding,
         ),
     ],
 )
@@ -198,9 +193,8 @@ def gradients(model, batches, weights):
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_parts_together_and_apart(request):
+def test_parts_together_and_apart():
     """Three parts in one micro-batch: the loss and gradients of three micro-batches."""
-    request.applymarker(attends_to_padding)  # of the first part of a micro-batch, so others differ
     model, weights = random_model(), (1.0, 0.5, 0.25)
     tokens = np.random.default_rng(1).integers(0, 29, (3, 18))
     starts = [0, 2, 3, 17, 17]

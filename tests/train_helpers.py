@@ -1,12 +1,18 @@
 """Golden arrays of the public program, small configs and a way to run the training program."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from speedrun import recipes
 from speedrun._numpy_loader import bigram_rows, sign_rows
 from speedrun.config import (
     AdamRow,
@@ -111,3 +117,89 @@ def micro_batch(config: ModelConfig, tokens: np.ndarray, starts: list[int]) -> M
         rows(bigram_rows, config.bigram_rows),
         rows(sign_rows, config.sign_rows),
     )
+
+
+def tiny_sets(**changes: Any) -> list[str]:
+    """`--set` words that make recipe `tiny` a model of a few thousand weights.
+
+    Every number that the tests rely on is set, since the recipe's own are tuned for speed.
+    """
+    values = {
+        "model.layers": "short,long",
+        "model.model_dim": 32,
+        "model.num_heads": 2,
+        "model.head_dim": 16,
+        "model.mlp_hidden": 64,
+        "model.bigram_rows": 256,
+        "model.bigram_dim": 16,
+        "schedule.stage_ends": "",
+        "schedule.num_steps": 20,
+        "schedule.val_interval": 5,
+        "optim.adam_lr": 0.02,
+        "schedule.momentum_warmup_steps": 4,
+        "schedule.momentum_cooldown_steps": 2,
+        "data.val_tokens": 2048,
+        "data.val_tokens_per_part": 256,
+        "data.repeat": "true",
+        "optim.adam_interval": 2,
+        "micro_batch_parts": 8,
+        "log_interval": 2,
+        "precision": "auto",
+    }
+    for i in range(len(recipes.load("tiny").schedule.stages)):
+        values |= {
+            f"schedule.stages.{i}.tokens_per_step": 1024,
+            f"schedule.stages.{i}.max_seq_len": 64,
+            f"schedule.stages.{i}.window_short": 16,
+            f"schedule.stages.{i}.window_long": 32,
+        }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+def train(folder: Path, *words: Any, ranks: int = 0, module: str = "speedrun.train") -> Run:
+    """The training program in `folder`, by torchrun if `ranks`; ends within five minutes."""
+    process = start_training(folder, *words, ranks=ranks, module=module)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return Run(process.returncode, out, err)
+
+
+def start_training(
+    folder: Path, *words: Any, ranks: int = 0, module: str = "speedrun.train"
+) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks else []), "-m", module, *map(str, words)]
+    # Threads that wait for each other must not spin: other processes want the core.
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_losses(folder: Path) -> list[tuple[str, int, float]]:
+    """(event, step, loss) of each training and validation event."""
+    return [
+        (event["event"], event["step"], event.get("train_loss", event.get("val_loss")))
+        for event in read_events(folder)
+        if event["event"] != "header"
+    ]

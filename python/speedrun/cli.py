@@ -1,4 +1,4 @@
-"""`speedrun VERB …`: finds the verb's file in commands/ and hands over. Nothing else happens here."""
+"""`speedrun VERB …`: finds the verb's file in commands/ and hands over, no more."""
 
 from __future__ import annotations
 

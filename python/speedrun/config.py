@@ -1,6 +1,6 @@
 """Every number that changes a result: frozen dataclasses, and the parsing of `--set a.b=value`.
 
-A recipe (`speedrun/recipes/<name>.py`) builds one `Config`. Nothing here knows a device, a rank or a
+A recipe (`speedrun/recipes/<name>.py`) builds one `Config`. Nothing here knows a device, rank or
 file: a config can be printed, compared and stored. Units: tokens for windows and lengths unless a
 name says otherwise; steps count from 0.
 """
@@ -8,8 +8,10 @@ name says otherwise; steps count from 0.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -189,6 +191,21 @@ class Config:
     log_interval: int = 1  # steps between training lines of the log
 
 
+MAY_BE_NEGATIVE = ("model.softcap_b",)
+
+
+def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a config, with its key."""
+    if dataclasses.is_dataclass(node):
+        for f in dataclasses.fields(node):
+            yield from _numbers(getattr(node, f.name), f"{key}.{f.name}" if key else f.name)
+    elif isinstance(node, tuple):
+        for i, item in enumerate(node):
+            yield from _numbers(item, f"{key}.{getattr(item, 'name', i)}")
+    elif isinstance(node, (int, float)) and not isinstance(node, bool):
+        yield key, node
+
+
 def check(config: Config) -> None:
     """Raise ConfigError, listing every value of `config` that can't work."""
     problems: list[str] = []
@@ -202,6 +219,9 @@ def check(config: Config) -> None:
             value = getattr(section, name)
             require(value > 0, f"{prefix}{name}", value, "must be greater than 0")
 
+    for key, value in _numbers(config):
+        ok = math.isfinite(value) and (value >= 0 or key in MAY_BE_NEGATIVE)
+        require(ok, key, value, "must be finite and not negative")
     model, schedule, optim, data = config.model, config.schedule, config.optim, config.data
     require_positive(
         model, "model.", "model_dim", "num_heads", "head_dim", "mlp_hidden", "vocab_multiple"
@@ -229,17 +249,16 @@ def check(config: Config) -> None:
         f"must be in 0..model_dim = {model.model_dim}",
     )
     require(
-        (model.bigram_rows > 1) == (model.bigram_dim > 0) and model.bigram_rows >= 0,
+        (model.bigram_rows > 1) == (model.bigram_dim > 0),
         "model.bigram_rows",
         model.bigram_rows,
         "the table needs at least 2 rows and bigram_dim > 0, or both 0",
     )
-    require(model.sign_rows >= 0, "model.sign_rows", model.sign_rows, "must not be negative")
 
     require_positive(schedule, "schedule.", "num_steps", "val_interval")
-    for name in ("extension_steps", "lr_warmup_steps"):
+    for name in ("momentum_start", "momentum_peak"):
         value = getattr(schedule, name)
-        require(value >= 0, f"schedule.{name}", value, "must not be negative")
+        require(value <= 1, f"schedule.{name}", value, "must be at most 1")
     require_positive(schedule, "schedule.", "momentum_warmup_steps", "momentum_cooldown_steps")
     require(len(schedule.stages) > 0, "schedule.stages", "()", "needs at least one stage")
     require(
@@ -277,10 +296,18 @@ def check(config: Config) -> None:
         )
     require_positive(optim, "optim.", "muon_lr", "adam_lr", "adam_eps", "adam_interval")
     require(0 <= optim.muon_beta2 < 1, "optim.muon_beta2", optim.muon_beta2, "must be in [0, 1)")
+    for row in optim.muon_table:
+        require(bool(row.lr_muls), f"optim.muon_table.{row.name}.lr_muls", "()", "needs a number")
     for row in optim.adam_table:
         ok = 0 <= row.beta1 < 1 and 0 <= row.beta2 < 1
         require(ok, f"optim.adam_table.{row.name}", (row.beta1, row.beta2), "betas are in [0, 1)")
     require_positive(data, "data.", "val_tokens_per_part", "train_shards")
+    require(
+        data.cu_seqlens_entries is None or data.cu_seqlens_entries > 1,
+        "data.cu_seqlens_entries",
+        data.cu_seqlens_entries,
+        "must be at least 2, or None for the recipe's rule",
+    )
     require(
         data.val_tokens is None or data.val_tokens > 0,
         "data.val_tokens",
@@ -368,7 +395,10 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     if origin is tuple and args[0] is LayerSpec:
         return LayerSpec.parse_many(text)
     if origin is tuple and args[0] in (int, float):
-        return tuple(_parse(item, args[0], key) for item in text.split(",") if item)
+        values = tuple(_parse(item, args[0], key) for item in text.split(",") if item)
+        if args[-1] is not Ellipsis and len(values) != len(args):
+            raise ConfigError(f"--set {key}={text!r}: expected {len(args)} numbers, as in 1,2")
+        return values
     raise ConfigError(f"--set {key}: can't be set as a whole; set the values inside it")
 
 

@@ -20,7 +20,7 @@ from speedrun._numpy_loader import HEADER_BYTES
 from speedrun.data import BYTES, DataError
 from speedrun.shards import MANIFEST, folder_lock, read_manifest, write_splits
 
-# Validation runs every few seconds of a short training: enough text to be a fair sample, and no more.
+# Validation runs every few seconds of a short training: a fair sample, and no more.
 VAL_FRAC = 0.05
 MIN_VAL_BYTES, MAX_VAL_BYTES = 100_000, 150_000
 MIN_TEXT_BYTES = 1_000

@@ -20,7 +20,7 @@ from speedrun.schedule import StepPlan
 
 
 class MuonBank:
-    """State of one bank: B matrices of M × N. Float32 state, bf16 weights have 16 low bits apart."""
+    """State of one bank: B matrices of M × N. bf16 weights keep 16 low bits apart."""
 
     def __init__(self, row: MuonRow, param: nn.Parameter) -> None:
         self.row, self.param = row, param
@@ -96,13 +96,17 @@ class Optimizer:
         comms: Comms,
     ) -> None:
         self.config, self.comms = config, comms
+        names = [row.name for row in (*config.muon_table, *config.adam_table)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"muon_table and adam_table name {', '.join(twice)} more than once")
         muon = {row.name: row for row in config.muon_table}
         adam = {row.name: row for row in config.adam_table}
         self.banks: list[MuonBank] = []
         self.adams: list[AdamParam] = []
         for name, param in named_parameters:
-            if (name in muon) == (name in adam):
-                raise ConfigError(f"parameter {name!r} needs one row in muon_table or adam_table")
+            if name not in names:
+                raise ConfigError(f"parameter {name!r} needs a row in muon_table or adam_table")
             if name in muon:
                 self.banks.append(MuonBank(muon[name], param))
             else:

@@ -131,6 +131,8 @@ def scaled(config: ScheduleConfig, total_steps: int) -> ScheduleConfig:
     scale with it and stay at least 1 where they were.
     """
     minimum = len(config.stages) + (config.extension is not None)
+    if config.total_steps < 1:
+        raise ConfigError(f"schedule.num_steps={config.num_steps}: must be greater than 0")
     if total_steps < minimum:
         raise ConfigError(f"--steps {total_steps}: this schedule needs at least {minimum}")
     ratio = total_steps / config.total_steps

@@ -149,7 +149,7 @@ class DataSource:
 
 
 def open_data(args: argparse.Namespace, config: Config) -> DataSource:
-    """--data, --text or the recipe's own; text becomes shards first (rank 0 builds, others wait)."""
+    """--data, --text or the recipe's own; text becomes shards first (one rank builds)."""
     if args.data:
         folder = Path(args.data)
     elif args.text:

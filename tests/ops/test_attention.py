@@ -9,12 +9,6 @@ from hypothesis import strategies as st
 from speedrun.ops.attention import attention, plan_attention
 from train_helpers import FLOAT64_NOISE, normal
 
-attends_to_padding = pytest.mark.xfail(
-    strict=True,
-    reason="reference/attention.py block_mask: the padding before token 0 is numbered 0, 1, 2, … "
-    "like the documents, so document n sees the zero key at −(n+1) where its window reaches",
-)
-
 
 def definition(q_THK, k_THK, v_THE, cu_seqlens, window, scale):
     """RECIPE section 3: token t sees keys t−window … t of its own document."""
@@ -44,18 +38,14 @@ def inputs(num_tokens, dtype=torch.float64):
     ("cu_seqlens", "window"),
     [
         pytest.param([0, 13, 13], 1, id="itself and one before"),
-        pytest.param([0, 13], 5, id="window does not divide T", marks=attends_to_padding),
-        pytest.param(
-            [0, 13], 6, id="T is a multiple of the window plus one", marks=attends_to_padding
-        ),
-        pytest.param([0, 12], 4, id="window divides T", marks=attends_to_padding),
-        pytest.param([0, 7], 7, id="window of T", marks=attends_to_padding),
-        pytest.param([0, 7], 100, id="window beyond T", marks=attends_to_padding),
-        pytest.param(
-            [0, 4, 9, 13, 13, 13], 6, id="documents end between blocks", marks=attends_to_padding
-        ),
-        pytest.param([0, 0, 5, 5, 5, 11], 4, id="documents of length 0", marks=attends_to_padding),
-        pytest.param([0, 1, 2, 3, 8, 9], 4, id="documents of length 1", marks=attends_to_padding),
+        pytest.param([0, 13], 5, id="window does not divide T"),
+        pytest.param([0, 13], 6, id="T is a multiple of the window plus one"),
+        pytest.param([0, 12], 4, id="window divides T"),
+        pytest.param([0, 7], 7, id="window of T"),
+        pytest.param([0, 7], 100, id="window beyond T"),
+        pytest.param([0, 4, 9, 13, 13, 13], 6, id="documents end between blocks"),
+        pytest.param([0, 0, 5, 5, 5, 11], 4, id="documents of length 0"),
+        pytest.param([0, 1, 2, 3, 8, 9], 4, id="documents of length 1"),
         pytest.param([0, 1], 3, id="one token"),
     ],
 )
@@ -72,7 +62,6 @@ def batches(draw):
     return [0, *starts, num_tokens], draw(st.integers(0, 30))
 
 
-@attends_to_padding
 @settings(max_examples=100, deadline=None)
 @given(batches())
 def test_definition_anywhere(batch):
@@ -82,7 +71,6 @@ def test_definition_anywhere(batch):
     torch.testing.assert_close(run(q, k, v, cu_seqlens, window), expected, **FLOAT64_NOISE)
 
 
-@attends_to_padding
 def test_equal_values_come_back():
     """Weights sum to 1 over real keys only: where all values are 1, so is every output."""
     q, k, v = inputs(40)
@@ -101,7 +89,6 @@ def test_gradients(window):
     assert torch.autograd.gradcheck(lambda *t: run(*t, [0, 3, 4, 7], window), tensors)
 
 
-@attends_to_padding
 def test_gradients_are_the_definitions():
     """gradcheck compares with the operator itself; this compares with the definition."""
     cu_seqlens, window, upstream = [0, 3, 4, 11], 5, normal(11, 2, 3, seed=9)

@@ -46,11 +46,6 @@ def test_momentum_definition():
     torch.testing.assert_close(nesterov, 0.1 * grad + 0.9 * expected, **FLOAT64_NOISE)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="normuon_step.py momentum_step: 1 − μ is rounded to float32 once, the public program "
-    "takes 1 − float32(μ): half of the elements differ in the last bit",
-)
 def test_momentum_of_the_public_program(run):
     for bank in BANKS:
         for step in STEPS:
@@ -151,11 +146,6 @@ def test_upper_bits_of_the_public_program(run, inside):
             assert_same_bits(found[0], expected[0])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="normuon_step.py weight_update: the decay is W·(wd·lr), the recipe and the public "
-    "program have (W·wd)·lr: 24 of 196,608 low halves differ",
-)
 def test_low_bits_of_the_public_program(run, inside):
     for bank in BANKS:
         for step in STEPS:

@@ -1,4 +1,4 @@
-"""Front door of `normuon_step`: momentum before and the weight update after the orthogonalisation. Backend: the reference."""
+"""Front door of `normuon_step`: what surrounds the orthogonalisation. Backend: the reference."""
 
 from speedrun.reference.normuon_step import (
     join_bits,

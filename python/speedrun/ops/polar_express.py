@@ -1,4 +1,4 @@
-"""Front door of `polar_express`: orthogonalisation of a bank of matrices. Backend: the reference."""
+"""Front door of `polar_express`: orthogonalises a bank of matrices. Backend: the reference."""
 
 from speedrun.reference.polar_express import polar_express
 

@@ -1,4 +1,4 @@
-"""Named configs, one file each: `<name>.py` has `config() -> Config`. A new record is a new file."""
+"""Named configs, one file each: `<name>.py` has `config() -> Config`. A record is a file."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ def block_mask(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dt
     num_blocks = -(-num_tokens // block)
     pos = torch.arange(-block, num_blocks * block, device=cu_seqlens.device)
     doc = torch.searchsorted(cu_seqlens, pos.to(cu_seqlens.dtype), right=True)
-    # Padding tokens are documents of their own, so that no row of the softmax is empty.
-    doc = torch.where((pos < 0) | (pos >= num_tokens), -1 - pos, doc)
+    # Padding tokens are documents of their own, with negative numbers, each different: no real
+    # token sees them, and no row of the softmax is empty.
+    doc = torch.where(pos < 0, pos, torch.where(pos >= num_tokens, -1 - pos, doc))
     key_pos = pos.unfold(0, 2 * block, block)[:, None, :]
     key_doc = doc.unfold(0, 2 * block, block)[:, None, :]
     query_pos, query_doc = key_pos.mT[:, block:], key_doc.mT[:, block:]

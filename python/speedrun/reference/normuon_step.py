@@ -13,6 +13,7 @@ from torch import Tensor
 def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float) -> Tensor:
     """M ← lerp(M, G, 1−μ) in place; returns the Nesterov gradient lerp(G, M, μ)."""
     g = grad_BMN.to(momentum_BMN.dtype)
+    mu = torch.tensor(mu, dtype=g.dtype).item()  # the public program subtracts the rounded one
     momentum_BMN.lerp_(g, 1 - mu)
     return g.lerp(momentum_BMN, mu)
 
@@ -39,7 +40,7 @@ def weight_update(
     """W ← (W − [O·W ≥ 0]·W·wd·lr) − O·lr on the exact weight, in place; bf16 is cut off."""
     exact = weight_BMN if low_BMN is None else join_bits(weight_BMN, low_BMN)
     o = o_BMN.to(exact.dtype)
-    decay = exact * (o * exact >= 0) * (wd * lr_B11)
+    decay = exact * (o * exact >= 0) * wd * lr_B11
     exact = exact - decay - o * lr_B11
     if low_BMN is None:
         weight_BMN.copy_(exact)
