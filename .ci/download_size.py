@@ -31,8 +31,9 @@ def requirements_of(extra: str) -> list[str]:
 def main() -> None:
     wanted = [r for extra in sys.argv[1].split(",") for r in requirements_of(extra)]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"]
-    report = subprocess.run([*command, *sys.argv[2:], *wanted], stdout=subprocess.PIPE, check=True).stdout
-    packages = json.loads(report)["install"]
+    command += [*sys.argv[2:], *wanted]
+    report = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    packages = json.loads(report.stdout)["install"]
     if not packages:
         return
     with ThreadPoolExecutor(8) as pool:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from speedrun.data import GPT2, BatchShape, DataError, TokenLoader, cu_seqlens_entries
 
 TOKENS_PER_PART, MAX_SEQ_LEN = 49_152, 2_048  # the record's last stage

@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 
 import torch
-from speedrun.hardware import compute_capability, gpu_name
 
 from benchmarks.report import ROOT, commit, environment
 from benchmarks.run import STEMS
+from speedrun.hardware import compute_capability, gpu_name
 
 VERDICTS = ROOT / "python" / "speedrun" / "ops" / "verdicts.json"
 RECORDS = ROOT / "records" / "hardware"

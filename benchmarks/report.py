@@ -10,9 +10,9 @@ import subprocess
 from pathlib import Path
 
 import torch
-from speedrun.hardware import compute_capability, gpu_name, gpu_peaks
 
 from benchmarks.bench import Timing
+from speedrun.hardware import compute_capability, gpu_name, gpu_peaks
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("stem", "case", "backend", "mode", "µs", "rate", "% of roof", "× baseline", "± IQR µs")

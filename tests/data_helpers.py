@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from speedrun import data
 from speedrun.data import BYTES, BatchShape, DataError, TokenLoader
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from speedrun import _text_documents
 from speedrun._numpy_loader import Shard
 from speedrun.commands import data

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from speedrun import recipes
 from speedrun.config import ConfigError, LayerSpec, apply_overrides, check, to_dict
 from speedrun.schedule import Schedule, scaled
@@ -139,11 +140,11 @@ IMPOSSIBLE = [
     ("model.bigram_dim=17", "model.bigram_dim=17: must be in 0..model_dim = 16"),
     ("model.bigram_rows=1", "model.bigram_rows=1: the table needs at least 2 rows"),
     ("model.bigram_rows=0", "model.bigram_rows=0: the table needs"),
-    ("model.sign_rows=-1", "model.sign_rows=-1: must not be negative"),
+    ("model.sign_rows=-1", "model.sign_rows=-1: must be finite and not negative"),
     ("model.softcap_c=0", "model.softcap_c=0.0: must be greater than 0"),
     ("schedule.num_steps=0", "schedule.num_steps=0: must be greater than 0"),
     ("schedule.val_interval=0", "schedule.val_interval=0: must be greater than 0"),
-    ("schedule.lr_warmup_steps=-1", "schedule.lr_warmup_steps=-1: must not be negative"),
+    ("schedule.lr_warmup_steps=-1", "schedule.lr_warmup_steps=-1: must be finite and not negative"),
     ("schedule.extension_steps=0", "schedule.extension_steps=0: goes with schedule.extension"),
     ("schedule.stage_ends=0.5", "schedule.stage_ends=(0.5,): needs 2 rising fractions"),
     ("schedule.stage_ends=0.5,0.9", "needs 2 rising fractions, the last 1.0"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from speedrun import corpus, shards
 from speedrun._numpy_loader import HEADER_BYTES, Shard
 from speedrun.data import BYTES, GPT2, DataError, find_shards, read_format

@@ -5,6 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from data_helpers import (
     BACKENDS,
     FIELDS,
@@ -18,8 +21,6 @@ from data_helpers import (
     random_tokens,
     write_shard,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from speedrun import data
 from speedrun.data import BYTES, GPT2, BatchShape, DataError, LoaderPosition
 

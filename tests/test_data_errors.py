@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from data_helpers import (
     BACKENDS,
     NEEDS_HOST,

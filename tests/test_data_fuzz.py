@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from data_helpers import BACKENDS, make_loader, outcome, random_tokens, write_shard
 from speedrun import data
 from speedrun.data import BYTES, BatchShape, DataError

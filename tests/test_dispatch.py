@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+
 from speedrun import ops
 from speedrun.ops import _dispatch
 

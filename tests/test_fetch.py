@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from speedrun import fetch
 from speedrun._download import FetchError, Retry, reported_sha256
 from speedrun._numpy_loader import MAGIC

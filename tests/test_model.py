@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from speedrun.config import LayerSpec
 from speedrun.model import GPT, LossWeights, shifted_targets
 from train_helpers import FLOAT64_NOISE, make_batch, micro_batch, normal, small_config

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from numerics import assert_same_bits
 from speedrun import optim
 from speedrun.comms import Comms
@@ -12,7 +14,6 @@ from speedrun.model import GPT
 from speedrun.ops.normuon_step import join_bits
 from speedrun.optim import Optimizer
 from speedrun.schedule import Schedule
-from torch import nn
 from train_helpers import from_golden, golden, low_bits, normal, small_config
 
 BANKS = ("qk_bank", "vo_bank", "mlp_bank")

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from speedrun.config import ConfigError, ScheduleConfig, Stage
 from speedrun.schedule import Schedule, learning_rate, momentum, scaled, stage_ends
 from train_helpers import golden, small_config

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from speedrun.data import BYTES, GPT2, DataError
 from speedrun.tokenizer import (
     MERGES_SHA256,

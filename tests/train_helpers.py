@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from speedrun import recipes
 from speedrun._numpy_loader import bigram_rows, sign_rows
 from speedrun.config import (
@@ -25,7 +27,6 @@ from speedrun.config import (
     Stage,
 )
 from speedrun.model import MicroBatch
-from torch import Tensor
 
 # Float64 results of a few hundred operations on numbers around 1: sums in another order differ by
 # some hundred ulps at most; a wrong formula by many orders of magnitude more.

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator
 
 import torch
+
+from benchmarks.run import Benchmark
 from speedrun import ops
 from speedrun.ops.transpose import ADD_DTYPES, DTYPES
 from speedrun.reference import transpose as reference
-
-from benchmarks.run import Benchmark
 from tests.cases import TRANSPOSE_FULL, TRANSPOSE_SMALL, Case
 from tests.numerics import assert_accurate, assert_same_bits, bits
 

@@ -208,20 +208,17 @@ def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 def check(config: Config) -> None:
     """Raise ConfigError, listing every value of `config` that can't work."""
-    problems: list[str] = []
+    problems: dict[str, str] = {}  # by key: one line for each
 
     def require(ok: bool, key: str, value: Any, rule: str) -> None:
         if not ok:
-            problems.append(f"{key}={value}: {rule}")
+            problems.setdefault(key, f"{key}={value}: {rule}")
 
     def require_positive(section: Any, prefix: str, *names: str) -> None:
         for name in names:
             value = getattr(section, name)
             require(value > 0, f"{prefix}{name}", value, "must be greater than 0")
 
-    for key, value in _numbers(config):
-        ok = math.isfinite(value) and (value >= 0 or key in MAY_BE_NEGATIVE)
-        require(ok, key, value, "must be finite and not negative")
     model, schedule, optim, data = config.model, config.schedule, config.optim, config.data
     require_positive(
         model, "model.", "model_dim", "num_heads", "head_dim", "mlp_hidden", "vocab_multiple"
@@ -321,8 +318,12 @@ def check(config: Config) -> None:
         "must be 1, 2, 4 or 8",
     )
     require_positive(config, "", "log_interval")
+    for key, value in _numbers(config):
+        ok = math.isfinite(value) and (value >= 0 or key in MAY_BE_NEGATIVE)
+        require(ok, key, value, "must be finite and not negative")
     if problems:
-        raise ConfigError(f"recipe {config.name!r} can't run:\n  " + "\n  ".join(problems))
+        lines = "\n  ".join(problems.values())
+        raise ConfigError(f"recipe {config.name!r} can't run:\n  {lines}")
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from numerics import assert_same_bits
 from speedrun.ops.adam_step import adam_step
 from train_helpers import FLOAT64_NOISE, normal

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from speedrun.ops.attention import attention, plan_attention
 from train_helpers import FLOAT64_NOISE, normal
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from numerics import assert_same_bits
 from speedrun.ops.normuon_step import (
     join_bits,

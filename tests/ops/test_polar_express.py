@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from speedrun.ops.normuon_step import momentum_step
 from speedrun.ops.polar_express import polar_express
 from speedrun.reference.polar_express import COEFFICIENTS

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from speedrun.ops.qk_norm_rope import NORM_EPS, qk_norm_rope, rotary_frequencies, rotary_table
 from train_helpers import FLOAT64_NOISE, golden, normal
 

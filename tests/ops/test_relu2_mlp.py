@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from speedrun.ops.relu2_mlp import relu2_mlp
 from train_helpers import FLOAT64_NOISE, normal
 

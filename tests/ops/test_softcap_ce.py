@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from speedrun.ops.softcap_ce import NO_TARGET, softcap, softcap_ce
 from train_helpers import FLOAT64_NOISE, golden, normal
 

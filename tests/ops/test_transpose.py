@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from cases import TRANSPOSE_SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cases import TRANSPOSE_SMALL
 from numerics import assert_accurate, assert_same_bits, bits
 from speedrun import ops
 from speedrun.ops._dispatch import library_problem
