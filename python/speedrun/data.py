@@ -131,9 +131,10 @@ class TokenLoader:
     shards: paths, in the order of the stream. shapes: the steps still to come (after a resume
     without those done). start: where they start; None is the first document of the first shard.
     long_documents: "cut" drops what is beyond max_seq_len (the recipe's rule), "split" keeps it as
-    further sequences, and part p reads the p-th eighth of the shard (for few, long texts). repeat:
-    start again after the last shard. backend: "host" is C++ with a thread that prepares
-    `prefetch_steps` steps ahead, "numpy" its plain twin, "auto" the first that is there. A table of 0 rows costs nothing and gives None.
+    further sequences, and part p reads the p-th eighth of the shard (for few, long texts).
+    repeat: start again after the last shard. backend: "host" is C++ with a thread that prepares
+    `prefetch_steps` steps ahead, "numpy" its plain twin, "auto" the first that is there. A table
+    of 0 rows costs nothing and gives None.
 
     Raises DataError for impossible arguments; bad shards show in next_step().
     """
