@@ -4,16 +4,19 @@ import argparse
 import json
 import os
 import re
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
+from data_helpers import random_tokens, write_shard
 from speedrun import recipes
+from speedrun import train as program
 from speedrun.data import BYTES
 from speedrun.reference.polar_express import COEFFICIENTS
-from train_helpers import read_events, read_losses, tiny_sets, train
+from train_helpers import read_events, read_losses, start_training, tiny_sets, train
 
 STEPS, MUON_LR = 20, 0.02
 SETS = tiny_sets(schedule__num_steps=STEPS, optim__muon_lr=MUON_LR)
