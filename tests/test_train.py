@@ -163,14 +163,17 @@ def test_ranks(first_run, folder, ranks):
 
 
 def test_recipe_precision_on_a_cpu(first_run, folder):
-    """bf16 parameters with 16 hidden bits: near the float32 losses, not equal to them."""
+    """bf16 parameters with 16 hidden bits: near the float32 losses, not equal to them.
+
+    bf16 moves logits by about 0.13 (golden_089/README.md), so a loss by no more. Seen: 0.03.
+    """
     run = train(folder, "--text", "text.txt", "--out", "bf16", *tiny_sets(precision="recipe"))
     assert run.code == 0, run.err
     assert read_events(folder / "bf16")[0]["dtype"] == "torch.bfloat16"
     for (*_, a), (*_, b) in zip(
         read_losses(folder / "one"), read_losses(folder / "bf16"), strict=True
     ):
-        assert a != b and b == pytest.approx(a, rel=0.05)
+        assert a != b and b == pytest.approx(a, abs=0.13)
 
 
 def test_gpt2_shards(folder):
@@ -179,7 +182,7 @@ def test_gpt2_shards(folder):
     shards = folder / "gpt2"
     shards.mkdir()
     for name, size in (("train_000001", 1000), ("val_000000", 600)):
-        tokens = random.integers(0, 50257, size)
+        tokens = random.choice(np.arange(0, 50257, 1500), size)  # 34 kinds: that can be learnt
         tokens[::50] = 50256
         write_shard(shards / f"fineweb_{name}.bin", tokens)
     sizes = {"data__repeat": "false", "data__val_tokens": 256, "schedule__num_steps": 4}
