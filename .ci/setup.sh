@@ -50,8 +50,8 @@ setup_venv() {
     fail "pip can't reach its package index; check the network, or pip's index settings"
   # Torch comes first: a constraint doesn't reach pip's isolated builds, and ours needs none.
   packages=(torch numpy setuptools cmake ninja pybind11)
-  if command -v nvcc >/dev/null && [ "${SPEEDRUN_CUDA:-auto}" != 0 ]; then
-    packages+=(nvidia-cutlass)
+  if [ "${SPEEDRUN_CUDA:-auto}" = 1 ] || { [ "${SPEEDRUN_CUDA:-auto}" = auto ] && [ -e /dev/nvidia0 ]; }; then
+    packages+=(nvidia-cutlass) # headers of the CUDA kernels
   fi
   local options=(-c constraints.txt ${SPEEDRUN_TORCH_INDEX:+--extra-index-url "$SPEEDRUN_TORCH_INDEX"})
   "$python" .ci/download_size.py "$extras" "${options[@]}" "${packages[@]}" || true

@@ -270,3 +270,20 @@ def test_fetch_from_a_folder(tmp_path, capsys):
     assert speedrun_data("check", tmp_path / "out") == 0
     assert speedrun_data(*words, 2) == 1
     assert "lacks fineweb_train_000002.bin" in capsys.readouterr().err
+
+
+def test_check_says_whether_the_data_serve_a_recipe(tmp_path, capsys):
+    folder = tmp_path / "few"
+    documents = [np.full(5_000, 65, np.uint16)] * 20
+    for split in ("train", "val"):
+        write_shards(folder, "few", split, iter(documents), BYTES)
+    assert speedrun_data("check", folder, "--recipe", "tiny") == 0  # tiny repeats its data
+    assert "enough for recipe tiny" in capsys.readouterr().out
+    short = tmp_path / "short"
+    for split in ("train", "val"):
+        write_shards(short, "short", split, iter(documents[:1]), BYTES)
+    (short / "short_val_000000.bin").unlink()
+    assert speedrun_data("check", short, "--recipe", "tiny") == 1
+    assert "short" in capsys.readouterr().err
+    assert speedrun_data("check", folder, "--recipe", "unknown") == 1
+    assert "recipes: tiny" in capsys.readouterr().err

@@ -158,6 +158,11 @@ def open_data(args: argparse.Namespace, config: Config) -> DataSource:
         folder = stdlib_corpus(DATA_FOLDER / "stdlib")
     else:
         folder = FINEWEB_FOLDER
+    return shards_of(folder, config)
+
+
+def shards_of(folder: Path, config: Config) -> DataSource:
+    """The shards of a folder; long documents as its manifest says, else as the config does."""
     return DataSource(
         find_shards(folder, "train"),
         find_shards(folder, "val"),

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     check = verbs.add_parser("check", help="verify shards: header, size, tokens, hashes")
     check.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="shards or folders")
+    check.add_argument("--recipe", metavar="NAME", help="is a folder enough for this recipe?")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,6 +187,22 @@ def _check_shard(path: Path) -> tuple[list[str], list[str]]:
     return [str(path), tokens, documents, mean, state], problems
 
 
+def _recipe_problem(name: str, folder: Path) -> str | None:
+    """Why the folder's shards can't serve a recipe's schedule and validation, if they can't."""
+    from speedrun import recipes, train  # torch, which the other verbs do without
+    from speedrun.schedule import Schedule
+
+    try:
+        config = recipes.load(name)
+        data = train.shards_of(folder, config)
+        train.model_for(config, data.format)
+        train.preflight(config, data, Schedule(config.schedule))
+    except ValueError as error:  # ConfigError, DataError
+        return str(error)
+    print(f"{folder}: enough for recipe {name}")
+    return None
+
+
 def _check(args: argparse.Namespace) -> int:
     rows = [["file", "tokens", "documents", "mean length", "sha256"]]
     problems: list[str] = []
@@ -203,6 +220,8 @@ def _check(args: argparse.Namespace) -> int:
         if not found:
             problems.append(f"{path}: no .bin shard in it")
         shards += found
+        if args.recipe and (problem := _recipe_problem(args.recipe, path)):
+            problems.append(problem)
     for path in dict.fromkeys(shards):
         row, found_problems = _check_shard(path)
         rows.append(row)
