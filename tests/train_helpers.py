@@ -204,3 +204,11 @@ def read_losses(folder: Path) -> list[tuple[str, int, float]]:
         for event in read_events(folder)
         if event["event"] != "header"
     ]
+
+
+def write_text(path: Path) -> None:
+    """A text of 60 made-up words, some of them frequent."""
+    random = np.random.default_rng(0)
+    words = [bytes(random.integers(97, 123, random.integers(2, 8)).tolist()) for _ in range(60)]
+    chosen = np.minimum(random.zipf(1.4, 6000) - 1, 59)
+    path.write_bytes(b" ".join(words[i] for i in chosen))
