@@ -46,9 +46,7 @@ def refused(folder, monkeypatch, capsys):
     def run(*words):
         parser = argparse.ArgumentParser()
         program.add_arguments(parser)
-        began = time.monotonic()
         assert program.run(parser.parse_args([str(word) for word in words])) == 1
-        assert time.monotonic() - began < 5
         message = capsys.readouterr().err
         assert message.count("error: ") == 1 and "Traceback" not in message
         return message
@@ -74,7 +72,9 @@ def refused(folder, monkeypatch, capsys):
 )
 def test_refusals(refused, words, message):
     source = [] if words[0] in ("--data", "--text") else ["--text", "text.txt"]
+    began = time.monotonic()
     assert message in refused(*source, *SETS, *words)
+    assert time.monotonic() - began < 5  # takes a hundredth of that
 
 
 def test_a_folder_with_a_run_is_refused(folder, refused):
@@ -193,5 +193,5 @@ def test_a_final_loss_that_is_not_finite_stops_the_run(refused, folder, tmp_path
     """The last update goes wrong, which only the last validation can see."""
     last = len(recipes.load("tiny").schedule.stages) - 1
     sets = tiny_sets(schedule__num_steps=last + 1, optim__adam_interval=1)
-    sets += ["--set", f"schedule.stages.{last}.lr_factor=1e30"]
+    sets += ["--set", f"schedule.stages.{last}.lr_factor=1e15"]
     refused("--text", "text.txt", "--out", tmp_path / "run", *sets)
