@@ -136,10 +136,6 @@ def spoil(path, how):
         pytest.param(
             "made_val_000000.bin",
             "token out of range",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="train.py preflight reads the parts of rank 0 of 8 only: an eighth of them",
-            ),
         ),
     ],
 )
@@ -153,7 +149,7 @@ def test_bad_shards_are_refused_before_training(refused, tmp_path, name, how):
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, folder, tmp_path):
     words = ["--text", "text.txt", "--out", tmp_path / "run"]
-    message = refused(*words, *tiny_sets(optim__muon_lr=1e30))
+    message = refused(*words, *tiny_sets(optim__muon_lr=1e15))
     found = re.search(r"error: step (\d+): the training loss is (nan|inf)", message)
     # Step 0 trains on the start values; its update is what step 1 shows.
     assert found and found[1] == "1"
@@ -185,10 +181,6 @@ def test_a_shard_that_goes_bad_stops_every_rank(folder, tmp_path, how):
     assert re.search(r"speedrun: rank [01]: error: .*made_train_000001\.bin", err)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="runlog.py validation takes a loss of nan: what the last update does is never looked at",
-)
 def test_a_final_loss_that_is_not_finite_stops_the_run(refused, folder, tmp_path):
     """The last update goes wrong, which only the last validation can see."""
     last = len(recipes.load("tiny").schedule.stages) - 1

@@ -8,7 +8,6 @@ name says otherwise; steps count from 0.
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Iterator
@@ -191,6 +190,7 @@ class Config:
     log_interval: int = 1  # steps between training lines of the log
 
 
+LARGEST_NUMBER = 1e15  # squared, it still fits into float32
 MAY_BE_NEGATIVE = ("model.softcap_b",)
 
 
@@ -291,6 +291,12 @@ def check(config: Config) -> None:
             stage.window_long,
             f"must be at least window_short = {stage.window_short}",
         )
+        require(
+            stage.prefix_weight == (0.0, 0.0),
+            prefix + "prefix_weight",
+            stage.prefix_weight,
+            "must be 0,0: the model has no prefix targets yet",
+        )
     require_positive(optim, "optim.", "muon_lr", "adam_lr", "adam_eps", "adam_interval")
     require(0 <= optim.muon_beta2 < 1, "optim.muon_beta2", optim.muon_beta2, "must be in [0, 1)")
     for row in optim.muon_table:
@@ -319,8 +325,8 @@ def check(config: Config) -> None:
     )
     require_positive(config, "", "log_interval")
     for key, value in _numbers(config):
-        ok = math.isfinite(value) and (value >= 0 or key in MAY_BE_NEGATIVE)
-        require(ok, key, value, "must be finite and not negative")
+        ok = abs(value) <= LARGEST_NUMBER and (value >= 0 or key in MAY_BE_NEGATIVE)
+        require(ok, key, value, f"must be in 0..{LARGEST_NUMBER:g}")
     if problems:
         lines = "\n  ".join(problems.values())
         raise ConfigError(f"recipe {config.name!r} can't run:\n  {lines}")
@@ -394,7 +400,10 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     if hint is str:
         return text
     if origin is tuple and args[0] is LayerSpec:
-        return LayerSpec.parse_many(text)
+        try:
+            return LayerSpec.parse_many(text)
+        except ConfigError as error:
+            raise ConfigError(f"--set {key}={text!r}: {error}") from None
     if origin is tuple and args[0] in (int, float):
         values = tuple(_parse(item, args[0], key) for item in text.split(",") if item)
         if args[-1] is not Ellipsis and len(values) != len(args):

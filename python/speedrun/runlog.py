@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -167,6 +168,12 @@ class RunLog:
             self._show(line)
 
     def validation(self, step: int, loss: float, train_time_s: float) -> None:
+        """The validation before `step`; RunError, on every rank, where the loss is not finite."""
+        if not math.isfinite(loss):
+            raise RunError(
+                f"step {step}: the validation loss is {loss}; the run is stopped. "
+                "Lower optim.muon_lr or optim.adam_lr by --set"
+            )
         self.val_loss = loss
         self._event("validation", step=step, val_loss=loss, train_time_s=train_time_s)
         self.say(format_line(step, self.total_steps, "val_loss", loss, train_time_s))

@@ -200,7 +200,7 @@ def preflight(config: Config, data: DataSource, schedule: Schedule) -> None:
         long_documents=data.long_documents,
         repeat=config.data.repeat,
     )
-    for _ in validation_arrays(config, data, rank=0, world_size=NUM_PARTS):
+    for _ in validation_arrays(config, data, rank=0, world_size=1):
         pass
 
 
