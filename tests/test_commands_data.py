@@ -170,6 +170,7 @@ def test_text_that_gpt2_cannot_take_is_named(tmp_path, capsys):
     assert f"{tmp_path / 't.txt'}: 1,000,000 white-space" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a kill: it races with the work it interrupts
 def test_ctrl_c_while_tokenizing_leaves_no_shard(tmp_path):
     program = (
         "import sys, argparse; from speedrun.commands import data; "
