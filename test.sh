@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source .ci/setup.sh
 setup_venv cli test lint
+export PYTHONUNBUFFERED=1 # a log cut short still names the test that ran
 for argument in "$@"; do
   if [ "$argument" = -m ]; then exec .venv/bin/python -m pytest "$@"; fi
 done

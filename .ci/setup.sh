@@ -27,13 +27,17 @@ stamp_of() {
   ls /dev/nvidia0 2>/dev/null || true
 }
 
-# One install after the other: two at once in one .venv would spoil it.
+# One install after the other: two at once in one .venv would spoil it. The subshell gives the lock
+# back however the set-up ends; kept open, it would make a test.sh called by .ci/run wait for ever.
 setup_venv() {
+  (
+    if command -v flock >/dev/null; then flock 9; fi
+    install_into_venv "$@"
+  ) 9>.venv.lock
+}
+
+install_into_venv() {
   local extras python stamp packages
-  if command -v flock >/dev/null; then
-    exec 9>.venv.lock
-    flock 9
-  fi
   extras=$(IFS=,; echo "$*")
   stamp=$(stamp_of "$extras" | cksum)
   if [ "$(cat ".venv/stamp-$extras" 2>/dev/null)" = "$stamp" ]; then

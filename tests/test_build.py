@@ -235,6 +235,21 @@ def test_an_error_of_ours_fails_the_build(checkout, tmp_path):
     assert "broken on purpose" in run.stdout and "the build failed" in run.stdout
 
 
+def test_setup_can_be_nested(tmp_path):
+    """.ci/run sets up, then calls test.sh, which does too: neither may wait for the other's lock."""
+    script = f"""
+        set -euo pipefail
+        source {ROOT / ".ci/setup.sh"}
+        install_into_venv() {{ echo "installed $1"; }}
+        setup_venv $1
+        if [ $1 = outer ]; then bash "$0" inner; fi
+    """
+    (tmp_path / "nested.sh").write_text(script)
+    command = ["bash", "nested.sh", "outer"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert run.stdout.split() == ["installed", "outer", "installed", "inner"], run.stderr
+
+
 def test_missing_tools_are_named(monkeypatch, tmp_path):
     compiler = setup.find_compiler()
     monkeypatch.setattr(setup, "find_tool", lambda name, attribute: None)
