@@ -236,7 +236,7 @@ def test_an_error_of_ours_fails_the_build(checkout, tmp_path):
 
 
 def test_setup_can_be_nested(tmp_path):
-    """.ci/run sets up, then calls test.sh, which does too: neither may wait for the other's lock."""
+    """.ci/run sets up, then calls test.sh, which does too: neither may wait for the other."""
     script = f"""
         set -euo pipefail
         source {ROOT / ".ci/setup.sh"}
