@@ -22,7 +22,7 @@ from speedrun.shards import MANIFEST, folder_lock, read_manifest, write_splits
 
 # Validation runs every few seconds of a short training: a fair sample, and no more.
 VAL_FRAC = 0.05
-MIN_VAL_BYTES, MAX_VAL_BYTES = 100_000, 150_000
+MIN_VAL_BYTES, MAX_VAL_BYTES = 60_000, 80_000
 MIN_TEXT_BYTES = 1_000
 TEXT_TRAIN_FRAC = 0.9
 
@@ -116,8 +116,8 @@ def _build_once(
 def stdlib_corpus(folder: Path | str) -> Path:
     """Byte-level shards of the standard library's sources in `folder`, which is returned.
 
-    Each file is a document; about 5 % of the bytes, and 100 to 150 kB, are validation. Built
-    again when Python's version or its set of files changes. DataError where the sources are absent
+    Each file is a document; about 5 % of the bytes, and 60 to 80 kB, are validation. Built
+    again when Python's version, its set of files or the split changes. DataError where the sources are absent
     or the folder can't be written.
     """
     folder = Path(folder)
@@ -144,7 +144,7 @@ def stdlib_corpus(folder: Path | str) -> Path:
         documents(),
         long_documents="split",
         python=f"{platform.python_implementation()} {platform.python_version()}",
-        sources_sha256=hashlib.sha256(repr(files).encode()).hexdigest(),
+        sources_sha256=hashlib.sha256(repr((files, sorted(validation))).encode()).hexdigest(),
     )
     return folder
 
