@@ -22,7 +22,7 @@ from speedrun.shards import MANIFEST, folder_lock, read_manifest, write_splits
 
 # Validation runs every few seconds of a short training: a fair sample, and no more.
 VAL_FRAC = 0.05
-MIN_VAL_BYTES, MAX_VAL_BYTES = 60_000, 80_000
+MIN_VAL_BYTES, MAX_VAL_BYTES = 32_000, 48_000
 MIN_TEXT_BYTES = 1_000
 TEXT_TRAIN_FRAC = 0.9
 
@@ -116,7 +116,7 @@ def _build_once(
 def stdlib_corpus(folder: Path | str) -> Path:
     """Byte-level shards of the standard library's sources in `folder`, which is returned.
 
-    Each file is a document; about 5 % of the bytes, and 60 to 80 kB, are validation. Built
+    Each file is a document; about 5 % of the bytes, and 32 to 48 kB, are validation. Built
     again when Python's version, its set of files or the split changes. DataError where the sources are absent
     or the folder can't be written.
     """
