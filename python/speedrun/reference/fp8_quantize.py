@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speedrun.reference._fp8 import FP8_MAX, to_fp8
+
 E4M3 = torch.float8_e4m3fn
 MIN_AMAX = 1e-12
 # Scales from an older amax leave room for growth until now (RECIPE section 3).
@@ -29,17 +31,6 @@ class MlpWeights(NamedTuple):
     down_amax: Tensor  # (L,) float32, of these weights: the next refresh wants it
 
 
-def round_to_fp8(quotient: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """Nearest number of `dtype`, ties to even; beyond its largest that one, NaN stays NaN."""
-    largest = torch.finfo(dtype).max
-    return quotient.clamp(-largest, largest).to(dtype)  # torch versions differ without the clamp
-
-
-def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
-    """x / scale with one rounding after the float32 quotient; `scale` broadcasts."""
-    return round_to_fp8(x.float() / scale, dtype)
-
-
 def max_abs(x: Tensor) -> Tensor:
     """() float32: max|x|, 0 for no elements, NaN if there is one."""
     return x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
@@ -47,13 +38,14 @@ def max_abs(x: Tensor) -> Tensor:
 
 def scale_of(amax: Tensor, headroom: float = 1.0, dtype: torch.dtype = E4M3) -> Tensor:
     """The scale that puts amax * headroom on the largest number of `dtype`."""
-    return amax.clamp(min=MIN_AMAX) * headroom / torch.finfo(dtype).max
+    # By a tensor: on GPUs, torch multiplies by the reciprocal of a number, which rounds otherwise.
+    return amax.clamp(min=MIN_AMAX) * headroom / amax.new_full((), FP8_MAX[dtype])
 
 
 def rms_norm(x: Tensor, eps: float = 2**-23) -> Tensor:
     """x over its root mean square along the last dimension, in float32 (of float64: float64)."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide * (1 / (wide.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt())
+    return wide * (1 / (wide.square().sum(-1, keepdim=True) * (1 / x.shape[-1]) + eps).sqrt())
 
 
 def transposed_copy(x: Tensor) -> Tensor:
@@ -74,9 +66,53 @@ def refresh_mlp_weights(
     down_scale = scale_of(own_amax).bfloat16().float()
     if headroom:
         down_scale = scale_of(down_amax_L, DOWN_HEADROOM)
-    up_f8 = round_to_fp8((up.float() / up_scale[:, None, None]).bfloat16())
-    down_f8 = to_fp8(down, down_scale[:, None, None])
+    quotient = (up.float() / up_scale[:, None, None]).bfloat16()
+    up_f8 = to_fp8(quotient, up_scale.new_ones(()), E4M3)
+    down_f8 = to_fp8(down, down_scale[:, None, None], E4M3)
     up_f8_t = transposed_copy(up_f8) if up_t else None
     down_row_f8 = down_f8 if down_row else None
     down_f8_t = transposed_copy(down_f8)
     return MlpWeights(up_f8, up_f8_t, up_scale, down_row_f8, down_f8_t, down_scale, own_amax)
+
+
+def fp8_quantize_out(
+    x: Tensor, scale: Tensor, out: Tensor, out_t: Tensor | None, amax: Tensor | None
+) -> None:
+    """Writes x / scale as fp8 into `out` (like x), transposed too; raises `amax` () to max|x|."""
+    out.copy_(to_fp8(x, scale, out.dtype))
+    if out_t is not None:
+        out_t.copy_(out.mT)
+    if amax is not None:
+        amax.copy_(torch.maximum(amax, max_abs(x)))
+
+
+def rms_norm_fp8_quantize_out(
+    x: Tensor, scale: Tensor, eps: float, y: Tensor | None, out: Tensor, out_t: Tensor | None
+) -> None:
+    """rms_norm(x) rounded to bf16 into `y`, and that as fp8 into `out`, transposed too."""
+    norm = rms_norm(x, eps).bfloat16()
+    if y is not None:
+        y.copy_(norm)
+    fp8_quantize_out(norm, scale, out, out_t, None)
+
+
+def fp8_refresh_out(
+    bank_WFD: Tensor,
+    down_amax_L: Tensor,
+    headroom: bool,
+    up: Tensor,
+    up_t: Tensor | None,
+    down: Tensor | None,
+    down_t: Tensor,
+    scales_2L: Tensor,
+    amax_2L: Tensor,
+    progress: Tensor,
+) -> None:
+    """`refresh_mlp_weights` into given tensors; scales and amax: up, then down. See the kernels for
+    `progress`, which isn't needed here."""
+    new = refresh_mlp_weights(bank_WFD, down_amax_L, headroom)
+    targets = (up, up_t, scales_2L[0], down, down_t, scales_2L[1], amax_2L[1])
+    for target, value in zip(targets, new, strict=True):
+        if target is not None:
+            target.copy_(value)
+    amax_2L[0].copy_(bank_WFD[0::2].abs().amax((1, 2)))
