@@ -13,7 +13,9 @@ All samples are kept; the figures are the median and the interquartile range.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -51,13 +53,19 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times each function `repeats` times, in turn; each runs 3 times before (compilation, caches).
 
-    A function must do the same work every time, and in graph modes be capturable by a CUDA graph.
+    A function must do the same work every time. In graph modes, one that a CUDA graph can't capture
+    is left out.
     """
     for function in functions.values():
         for _ in range(3):
             function()
-    samplers = {name: _sampler(function, device, mode) for name, function in functions.items()}
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    samplers = {}
+    for name, function in functions.items():
+        try:
+            samplers[name] = _sampler(function, device, mode)
+        except RuntimeError as problem:  # of capturing: one that waits for the GPU, for example
+            print(f"no {mode} of {name}: {str(problem).splitlines()[0]}", file=sys.stderr)
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(repeats):
         for name, sample in samplers.items():
             samples[name].append(sample())
@@ -97,6 +105,11 @@ def _elapsed_us(call: Callable, calls: int, flush: torch.Tensor | None) -> float
 
 
 def _graph_of(function: Callable, device: torch.device) -> Callable[[], None]:
+    side = torch.cuda.Stream(device)  # gradients first run on the kind of stream that is captured
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -104,13 +117,46 @@ def _graph_of(function: Callable, device: torch.device) -> Callable[[], None]:
     return graph.replay
 
 
-def copy_rate(device: torch.device, num_bytes: int | None = None) -> float:
-    """Bytes per second, read and written, of a copy inside the memory of `device`: its roof."""
-    if num_bytes is None:
-        num_bytes = 1 << 30 if device.type == "cuda" else 1 << 26
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU, and raises what it has to complain about."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def roofs(device: torch.device) -> dict[str, float]:
+    """Measured rates: "copy" in bytes a second, read and written; "bf16" and "fp8" matrix products
+    in operations a second (nan: not possible on this device)."""
+    return {
+        "copy": _copy_rate(device, 1 << 30 if device.type == "cuda" else 1 << 26),
+        "bf16": _matmul_rate(device, torch.bfloat16),
+        "fp8": _matmul_rate(device, torch.float8_e4m3fn),
+    }
+
+
+def _copy_rate(device: torch.device, num_bytes: int) -> float:
+    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = time_interleaved(
-        {"copy": lambda: target.copy_(source)}, device, modes(device)[0], repeats=10
-    )
+    mode = modes(device)[0]
+    timing = time_interleaved({"copy": lambda: target.copy_(source)}, device, mode, repeats=10)
     return 2 * num_bytes / (timing["copy"].median_us * 1e-6)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Of square matrices of random values: zeros take less power, and clocks rise."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    one = torch.ones((), device=device)
+
+    def product() -> torch.Tensor:
+        if dtype == torch.bfloat16:
+            return a @ b.t()
+        return torch._scaled_mm(
+            a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=device.type == "cuda"
+        )
+
+    mode = modes(device)[-1]  # warm: long runs of products are what a roof is of
+    try:
+        timing = time_interleaved({"product": product}, device, mode, repeats=10)
+    except RuntimeError:
+        return math.nan
+    return 2 * size**3 / (timing["product"].median_us * 1e-6)

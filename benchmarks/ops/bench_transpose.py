@@ -1,88 +1,96 @@
-"""`transpose` at the shapes of training, against torch's `.mT.contiguous()` and `add_`."""
+"""`transpose` and `transpose_add_` against the reference, Inductor and modded-nanogpt."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.run import Benchmark
+from benchmarks import peers
+from benchmarks.run import Benchmark, too_large_for_cpu
 from speedrun import ops
 from speedrun.ops.transpose import ADD_DTYPES, DTYPES
 from speedrun.reference import transpose as reference
 from tests.cases import TRANSPOSE_FULL, TRANSPOSE_SMALL, Case
 from tests.numerics import assert_accurate, assert_same_bits, bits
 
-MAX_CPU_ELEMENTS = 1 << 26  # larger cases are left out on a CPU
+
+def benchmarks(device: torch.device, shapes: str) -> Iterator[Benchmark]:
+    """At the shapes of training; "all": also every small case in every type."""
+    for case in TRANSPOSE_FULL if shapes == "record" else all_cases():
+        num_bytes = (3 if case.add else 2) * math.prod(case.shape) * case.dtype.itemsize
+        if too_large_for_cpu(device, num_bytes):
+            print(f"transpose {case.name}: left out, {num_bytes:,} bytes are many for a CPU")
+            continue
+        yield add_benchmark(case, device) if case.add else move_benchmark(case, device)
 
 
-def make_inputs(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, and an output with values to add to."""
-    shape = (*case.shape[:-2], case.shape[-1], case.shape[-2])
-    x, out = (
-        torch.randint(-100, 100, size, dtype=torch.int8, device=device).to(case.dtype)
-        for size in (case.shape, shape)
-    )
-    return x, out
-
-
-def check(case: Case, backend: str, device: torch.device) -> None:
-    """AssertionError if the result of `backend` is not what the reference says."""
-    x, out = make_inputs(case, device)
-    before = out.clone()
-    with ops.use_backend(backend):
-        result = ops.transpose_add_(out, x) if case.add else ops.transpose(x)
-    if not case.add:
-        assert_same_bits(bits(result), bits(x).mT.contiguous())
-        return
-    same = reference.transpose_add_(before.clone(), x)
-    assert_accurate(result, same, reference.transpose_add_(before.double(), x.double()))
-
-
-def serving_backends(device: torch.device) -> list[str]:
-    """Those of ours that can run here."""
-    found = []
-    for backend in ("cuda", "triton"):
-        try:
-            with ops.use_backend(backend):
-                ops.transpose(torch.zeros(2, 2, device=device))
-            found.append(backend)
-        except RuntimeError as error:
-            print(f"transpose {backend}: left out, {error}")
-    return found
-
-
-def hardware_cases() -> Iterator[Case]:
-    """Every case in every type, then the full-size ones."""
+def all_cases() -> Iterator[Case]:
+    yield from TRANSPOSE_FULL
     for case in TRANSPOSE_SMALL:
         for dtype in DTYPES:
             yield Case(f"{case.name} {dtype}", case.shape, dtype, case.why)
         for dtype in ADD_DTYPES:
             yield Case(f"{case.name} {dtype} add", case.shape, dtype, case.why, add=True)
-    yield from TRANSPOSE_FULL
 
 
-def benchmarks(device: torch.device) -> Iterator[Benchmark]:
-    ours = serving_backends(device) if device.type == "cuda" else []
-    for case in TRANSPOSE_FULL:
-        num_elements = math.prod(case.shape)
-        if device.type == "cpu" and num_elements > MAX_CPU_ELEMENTS:
-            print(f"transpose {case.name}: left out, {num_elements:,} elements are many for a CPU")
-            continue
-        x, out = make_inputs(case, device)
-        baseline = reference.transpose_add_ if case.add else reference.transpose
-        arguments = (out, x) if case.add else (x,)
-        functions = {"torch": functools.partial(baseline, *arguments)}
-        operators = torch.ops.speedrun
-        operator = operators.transpose_add_ if case.add else operators.transpose
-        for backend in ours:
-            functions[backend] = functools.partial(operator, *arguments, backend)
-        yield Benchmark(
-            "transpose",
-            case.name,
-            functions,
-            num_bytes=(3 if case.add else 2) * num_elements * case.dtype.itemsize,
-            check=functools.partial(check, case, device=device),
-        )
+def random_values(shape: tuple[int, ...], case: Case, device: torch.device) -> torch.Tensor:
+    return torch.randint(-100, 100, shape, dtype=torch.int8, device=device).to(case.dtype)
+
+
+def move_benchmark(case: Case, device: torch.device) -> Benchmark:
+    x = random_values(case.shape, case, device)
+
+    def check(name: str, result: torch.Tensor) -> None:
+        assert_same_bits(bits(result), bits(x).mT.contiguous())
+
+    def modded_nanogpt() -> Callable[[], torch.Tensor]:
+        copy = peers.modded_nanogpt("transpose_copy")
+        if x.dim() != 2:
+            raise peers.Missing("it takes no batches")
+        out = torch.empty_like(x.mT, memory_format=torch.contiguous_format)
+
+        def call() -> torch.Tensor:
+            copy(x, out)
+            return out
+
+        return call
+
+    return Benchmark(
+        stem="transpose",
+        case=case.name,
+        call=lambda: ops.transpose(x),
+        check=check,
+        num_bytes=2 * x.numel() * x.element_size(),
+        peers={
+            "inductor": lambda: peers.inductor(reference.transpose, x),
+            "modded-nanogpt": modded_nanogpt,
+        },
+    )
+
+
+def add_benchmark(case: Case, device: torch.device) -> Benchmark:
+    x = random_values(case.shape, case, device)
+    before = random_values(x.mT.shape, case, device)
+    out = before.clone()
+
+    def check(name: str, result: torch.Tensor) -> None:
+        same = reference.transpose_add_(before.clone(), x)
+        assert_accurate(out, same, reference.transpose_add_(before.double(), x.double()))
+
+    return Benchmark(
+        stem="transpose",
+        case=case.name,
+        call=lambda: ops.transpose_add_(out, x),
+        check=check,
+        num_bytes=3 * x.numel() * x.element_size(),
+        peers={
+            "inductor": lambda: peers.inductor(reference.transpose_add_, out, x),
+            "modded-nanogpt": lambda: functools.partial(
+                peers.modded_nanogpt("transpose_add"), x, out
+            ),
+        },
+        reset=lambda: out.copy_(before),
+    )

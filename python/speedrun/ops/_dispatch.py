@@ -1,7 +1,10 @@
 """Which backend serves an operator: cuda (our kernels), triton, or torch (the reference).
 
-CUDA tensors: `cuda` if speedrun._C is loaded and verdicts.json says that the kernel has passed on
-this compute capability, else `triton`, else `torch`. Other tensors: `torch`.
+Without being asked for, `cuda` and `triton` serve CUDA tensors only where verdicts.json, written by
+benchmarks/hardware_check.py, says that they may: the operator has passed on this compute capability
+(and failed on no GPU of it), built from the very sources that are in use here, and was not measured
+to be slower than `torch` on a GPU of this name. Of two that may, the one measured faster, or
+`cuda`. All other calls are served by `torch`.
 
 An override goes before that choice: `with use_backend("triton"):`, or the environment variable
 SPEEDRUN_BACKEND ("triton", or per operator "transpose=cuda,softcap_ce=torch"), which is read at
@@ -14,6 +17,7 @@ Compiled code holds the backend of its trace; a new override makes torch.compile
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -27,7 +31,12 @@ import torch
 
 BACKENDS = ("cuda", "triton", "torch")
 VERDICTS_PATH = Path(__file__).with_name("verdicts.json")
+TRITON_FOLDER = Path(__file__).parents[1] / "triton_kernels"
 EVERY_OP = "*"
+
+
+class Unavailable(RuntimeError):
+    """An override asks for a backend that can't serve the call."""
 
 
 def _parse(text: str) -> dict[str, str]:
@@ -61,44 +70,67 @@ def backends_used() -> dict[str, tuple[str, ...]]:
 
 
 def choose(op: str, device: torch.device, cuda_kernel: str = "", triton: bool = False) -> str:
-    """Backend for this call of `op` on tensors of `device`.
+    """Backend for this call of an operator on tensors of `device`; `op` is its stem.
 
     `cuda_kernel`: name of the operator that _C implements, empty if this call has none (no kernel,
     or none for its shape or type); `triton`: whether this call has a Triton version.
-    RuntimeError: an override names a backend that can't serve the call.
+    Unavailable: an override names a backend that can't serve the call.
     """
     forced = _forced.get(op, _forced.get(EVERY_OP))
-    if forced is not None:
-        problem = _problem(op, forced, device.type, device.index, cuda_kernel, triton, True)
-        if problem:
-            raise RuntimeError(f"{op}: the override asks for backend {forced!r}, but {problem}")
-        backend = forced
-    elif device.type != "cuda":
-        backend = "torch"
-    elif not _problem(op, "cuda", device.type, device.index, cuda_kernel, triton, False):
-        backend = "cuda"
-    elif not _problem(op, "triton", device.type, device.index, cuda_kernel, triton, False):
-        backend = "triton"
-    else:
-        backend = "torch"
-    _note(op, backend)
-    return backend
+    answer = _decide(op, device.type, device.index, cuda_kernel, triton, forced)
+    if answer not in BACKENDS:
+        raise Unavailable(f"{op}: the override asks for backend {forced!r}, but {answer}")
+    _note(op, answer)
+    return answer
 
 
 def _note(op: str, backend: str) -> None:
     _used.setdefault(op, set()).add(backend)
 
 
-def _problem(
+def _decide(*call: str | int | bool | None) -> str:
+    return _decide_once(*call)
+
+
+# Under torch.compile both are called at the trace, and only there: their results are constants of
+# the graph. This is what torch.compiler.assume_constant_result sets; calling that would import the
+# compiler, which takes longer than all of speedrun.
+_note._dynamo_marked_constant = True
+_decide._dynamo_marked_constant = True
+
+
+@functools.cache
+def _decide_once(
     op: str,
-    backend: str,
     device_type: str,
     device_index: int | None,
     cuda_kernel: str,
     triton: bool,
-    forced: bool,
+    forced: str | None,
 ) -> str:
-    """Why `backend` can't serve the call; empty if it can."""
+    """The backend, or why the one that was asked for can't serve."""
+
+    def problem(backend: str) -> str:
+        return _problem(backend, device_type, cuda_kernel, triton)
+
+    if forced is not None:
+        return problem(forced) or forced
+    if device_type != "cuda":
+        return "torch"
+    ready = [b for b in ("cuda", "triton") if not problem(b)]
+    if not ready:
+        return "torch"
+    capability = "%d.%d" % torch.cuda.get_device_capability(device_index)  # noqa: UP031
+    gpu = torch.cuda.get_device_name(device_index)
+    found = {backend: _verdict(op, backend, capability, gpu) for backend in ready}
+    speeds = {b: speed for b, (passed, speed) in found.items() if passed and (speed or 1) >= 1}
+    if None in speeds.values():
+        return next(iter(speeds))
+    return max(speeds, key=speeds.get, default="torch")
+
+
+def _problem(backend: str, device_type: str, cuda_kernel: str, triton: bool) -> str:
+    """Why `backend` can't serve the call, whatever its verdicts; empty if it can."""
     if backend == "torch":
         return ""
     if backend not in BACKENDS:
@@ -120,17 +152,43 @@ def _problem(
         return library_problem()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"speedrun::{cuda_kernel}", "CUDA"):
         return f"speedrun._C has no kernel {cuda_kernel}: it was built from older sources"
-    capability = "%d.%d" % torch.cuda.get_device_capability(device_index)  # noqa: UP031
-    if not forced and capability not in _passed(op):
-        return f"it has not passed on compute capability {capability} (verdicts.json)"
     return ""
 
 
-# Under torch.compile both are called at the trace, and only there: their results are constants of
-# the graph. This is what torch.compiler.assume_constant_result sets; calling that would import the
-# compiler, which takes longer than all of speedrun.
-_note._dynamo_marked_constant = True
-_problem._dynamo_marked_constant = True
+def _verdict(op: str, backend: str, capability: str, gpu: str) -> tuple[bool, float | None]:
+    """Whether the sources in use have passed on this capability; their speed on `gpu`, if known:
+    how many times faster than `torch`."""
+    source = source_sha256(op, backend)
+    rows = _verdicts().get(op, {}).get(backend, [])
+    rows = [row for row in rows if source and row["source_sha256"] == source]
+    verdicts = {row["verdict"] for row in rows if row["compute_capability"] == capability}
+    speeds = [row["speed"] for row in rows if row["gpu"] == gpu]
+    return "pass" in verdicts and "fail" not in verdicts, next(iter(speeds), None)
+
+
+@functools.cache
+def _verdicts() -> dict[str, dict[str, list[dict]]]:
+    return json.loads(VERDICTS_PATH.read_text())["verdicts"]
+
+
+def source_sha256(op: str, backend: str) -> str:
+    """Of the sources that `backend` runs for `op` here; "" if it has none.
+
+    cuda: kernel, headers and binding, as they were when speedrun._C was built, which carries the
+    table (pyext/source_hashes.py); triton: the file of its kernels, and what all of them share.
+    """
+    if backend == "cuda":
+        return "" if library_problem() else _built_sources().get(op, "")
+    path = TRITON_FOLDER / f"{op}.py"
+    if not path.is_file():
+        return ""
+    shared = sorted(TRITON_FOLDER.glob("_[a-z]*.py"))
+    return hashlib.sha256(b"\0".join(p.read_bytes() for p in [path, *shared])).hexdigest()
+
+
+def _built_sources() -> dict[str, str]:
+    library = importlib.import_module("speedrun._C")
+    return json.loads(getattr(library, "source_hashes", "{}"))
 
 
 @functools.cache
@@ -144,13 +202,6 @@ def library_problem() -> str:
         warnings.warn(f"no CUDA kernels: speedrun._C can't be loaded: {error}", stacklevel=2)
         return f"speedrun._C can't be loaded: {error}"
     return ""
-
-
-@functools.cache
-def _passed(op: str) -> frozenset[str]:
-    """Compute capabilities on which the CUDA kernel of `op` has passed, such as "9.0"."""
-    table = json.loads(VERDICTS_PATH.read_text())["verdicts"]
-    return frozenset(row["capability"] for row in table.get(op, []))
 
 
 def _triton_interprets() -> bool:

@@ -77,3 +77,17 @@ def transpose(x: Tensor, out: Tensor, add: bool) -> None:
             TILE=tile,
             num_warps=4,
         )
+
+
+def static_variants():
+    """What benchmarks/static_check.py compiles: every type, aligned (its README has the format)."""
+    sizes = {"x_batch_stride": "i64:16", "out_batch_stride": "i64:16"}
+    for name in ("rows", "cols", "x_row_stride", "out_row_stride"):
+        sizes[name] = "i32:16"
+    types = (("u8", 1, False), ("i16", 2, False), ("i32", 4, False))
+    types += (("fp16", 2, True), ("bf16", 2, True), ("fp32", 4, True))
+    for dtype, element_bytes, add in types:
+        signature = {"x_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", **sizes}
+        constexprs = {"ADD": add, "TILE": tile_size(element_bytes)}
+        name = f"{dtype} {'add' if add else 'move'}"
+        yield name, transpose_kernel, signature, constexprs, {"num_warps": 4}

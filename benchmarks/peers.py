@@ -1,0 +1,121 @@
+"""Other people's kernels, to be timed beside ours: small adapters, used where they can be imported.
+
+Each function here takes a case's tensors and returns the function to be timed, or raises Missing
+with the reason, which the benchmark prints. Nothing of these projects is in this one:
+
+    cuBLASLt         torch._scaled_mm
+    Inductor         torch.compile on our reference
+    modded-nanogpt   triton_kernels.py of a folder named by --modded-nanogpt
+    quack, Liger, DeepGEMM   the packages quack, liger_kernel and deep_gemm, if installed
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_settings: dict[str, Path | bool | None] = {"modded_nanogpt": None, "enabled": True}
+
+
+class Missing(Exception):
+    """This peer can't run here; the message says why."""
+
+
+def configure(modded_nanogpt: Path | None = None, enabled: bool = True) -> None:
+    """Where modded-nanogpt is (a folder with triton_kernels.py), and whether peers run at all."""
+    _settings.update(modded_nanogpt=modded_nanogpt, enabled=enabled)
+
+
+def _need(ok: bool, reason: str) -> None:
+    if not _settings["enabled"]:
+        raise Missing("--no-peers")
+    if not ok:
+        raise Missing(reason)
+
+
+def package(name: str) -> ModuleType:
+    """An installed package or one of its modules, such as "quack" or "liger_kernel.ops"."""
+    _need(importlib.util.find_spec(name.split(".")[0]) is not None, f"{name} is not installed")
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:  # a package may fail in any way on a machine it isn't made for
+        raise Missing(f"{name} can't be imported: {problem}") from problem
+
+
+def modded_nanogpt(name: str) -> Callable:
+    """A function of modded-nanogpt's triton_kernels.py, such as "transpose_copy"."""
+    folder = _settings["modded_nanogpt"]
+    _need(folder is not None, "no folder named by --modded-nanogpt")
+    _need(torch.cuda.is_available(), "modded-nanogpt's kernels need a GPU")
+    function = getattr(_modded_nanogpt_module(Path(folder)), name, None)
+    _need(function is not None, f"{folder}/triton_kernels.py has no {name}")
+    return function
+
+
+@functools.cache
+def _modded_nanogpt_module(folder: Path) -> ModuleType:
+    path = folder / "triton_kernels.py"
+    _need(path.is_file(), f"there is no {path}")
+    spec = importlib.util.spec_from_file_location("modded_nanogpt_triton_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile and Triton look the module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise Missing(f"{path} can't be imported: {problem}") from problem
+    return module
+
+
+def inductor(function: Callable, *arguments: object, **options: object) -> Callable[[], object]:
+    """`function` compiled by Inductor, called on the arguments; compilation happens at once."""
+    _need(True, "")
+    compiled = torch.compile(function, dynamic=False)
+    call = functools.partial(compiled, *arguments, **options)
+    call()
+    return call
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    fast_accum: bool = False,
+) -> Callable[[], Tensor]:
+    """cuBLASLt: (M, N) = A (M, K) times B (N, K) transposed, both fp8 row-major; float32 scales."""
+    capable = a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 9)
+    _need(capable, "torch._scaled_mm on fp8 needs a GPU of compute capability 8.9 or more")
+    _need(a.dim() == 2, "torch._scaled_mm takes no batches")
+    return lambda: torch._scaled_mm(
+        a, b.t(), scale_a, scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
+    )
+
+
+def deep_gemm_fp8(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:
+    """DeepGEMM's fp8 product with scales of 1 for each 1 x 128 of A and 128 x 128 of B.
+
+    It has no per-tensor scale: this is its time, for the same product up to one factor.
+    """
+    module = package("deep_gemm")
+    (m, k), n = a.shape, b.shape[0]
+    _need(a.is_cuda and k % 128 == 0, "DeepGEMM needs a GPU and K divisible by 128")
+    gemm = getattr(module, "fp8_gemm_nt", None)
+    _need(gemm is not None, "this deep_gemm has no fp8_gemm_nt")
+    scale_a = torch.ones(m, k // 128, device=a.device)
+    scale_b = torch.ones(-(-n // 128), k // 128, device=a.device)
+
+    def call() -> Tensor:
+        gemm((a, scale_a), (b, scale_b), out)
+        return out
+
+    return call
