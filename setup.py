@@ -88,6 +88,38 @@ def num_jobs():
     return asked or max(1, min(cores, int(free_kib) // KIB_PER_JOB))
 
 
+def run_cmake(compiler, cuda, *targets, **more):
+    """Configures and builds; returns the folder. Tests and static_check build here, too."""
+    folder = ROOT / "build" / (sys.implementation.cache_tag + "-cuda" * cuda)
+    cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
+    options = {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "CMAKE_CXX_COMPILER": ";".join(compiler),
+        "CMAKE_CUDA_COMPILER": find_nvcc() if cuda else "",
+        "SPEEDRUN_LAUNCHER": shutil.which("ccache") or "",
+        "SPEEDRUN_PYTHON": sys.executable,
+        "SPEEDRUN_CUDA": "ON" if cuda else "OFF",
+        **more,
+    }
+    fixed, now = folder / "fixed.txt", f"{ROOT} {compiler} {options['CMAKE_CUDA_COMPILER']}"
+    if not fixed.exists() or fixed.read_text() != now:  # what CMake can't change in a folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    fixed.write_text(now)
+    configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", "--no-warn-unused-cli"]
+    configure += [f"-D{key}={value}" for key, value in options.items()]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with (folder / "build.log").open("a") as log:  # tests read ptxas's lines in it
+        for command in (configure, [ninja, "-C", folder, "-j", str(num_jobs()), *targets]):
+            run = subprocess.Popen(command, **pipe)
+            for line in run.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+            if run.wait():
+                sys.exit("the build failed" + "; SPEEDRUN_CUDA=0 builds no kernels" * cuda)
+    return folder
+
+
 class CMakeBuild(build_ext):
     def build_extensions(self):
         compiler = find_compiler()
@@ -103,48 +135,16 @@ class CMakeBuild(build_ext):
             self.extensions.pop()
         for stale in Path(self.build_lib, "speedrun").glob("_[Ch]*.so"):
             stale.unlink()  # from a build with other choices: it would get into the wheel
-        built = self.run_cmake(compiler) if self.extensions else None
+        targets = [extension.name.removeprefix("speedrun.") for extension in self.extensions]
+        built = run_cmake(compiler, "_C" in targets, *targets) if targets else None
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             self.mkpath(str(target.parent))
             shutil.copy2(built / target.name, target)
 
-    def run_cmake(self, compiler):
-        """Configures and builds; returns the folder that holds the modules."""
-        cuda = len(self.extensions) > 1
-        folder = ROOT / "build" / (sys.implementation.cache_tag + "-cuda" * cuda)
-        cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
-        options = {
-            "CMAKE_MAKE_PROGRAM": ninja,
-            "CMAKE_CXX_COMPILER": ";".join(compiler),
-            "CMAKE_CUDA_COMPILER": find_nvcc() if cuda else "",
-            "SPEEDRUN_LAUNCHER": shutil.which("ccache") or "",
-            "SPEEDRUN_PYTHON": sys.executable,
-            "SPEEDRUN_CUDA": "ON" if cuda else "OFF",
-        }
-        fixed = folder / "fixed.txt"  # what CMake can't change in a build folder
-        now = f"{ROOT} {compiler} {options['CMAKE_CUDA_COMPILER']}"
-        if not fixed.exists() or fixed.read_text() != now:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        fixed.write_text(now)
-        configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", "--no-warn-unused-cli"]
-        configure += [f"-D{key}={value}" for key, value in options.items()]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with (folder / "build.log").open("a") as log:  # tests read ptxas's lines in it
-            for command in (configure, [ninja, "-C", folder, "-j", str(num_jobs())]):
-                run = subprocess.Popen(command, **pipe)
-                for line in run.stdout:
-                    print(line, end="", flush=True)
-                    log.write(line)
-                if run.wait():
-                    sys.exit("the build failed" + "; SPEEDRUN_CUDA=0 builds no kernels" * cuda)
-        return folder
-
 
 if __name__ == "__main__":
-    modules = [Extension("speedrun._host", [], optional=True)]
-    if cuda_is_wanted():
-        modules.append(Extension("speedrun._C", [], py_limited_api=True))
-    requires = CUDA_REQUIRES if len(modules) > 1 else []
-    setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild}, setup_requires=requires)
+    cuda = bool(cuda_is_wanted())
+    ext = [Extension("speedrun._host", [], optional=True)]
+    ext += [Extension("speedrun._C", [], py_limited_api=True)] * cuda
+    setup(ext_modules=ext, cmdclass={"build_ext": CMakeBuild}, setup_requires=CUDA_REQUIRES * cuda)
