@@ -33,7 +33,9 @@ class MlpWeights(NamedTuple):
 
 def max_abs(x: Tensor) -> Tensor:
     """() float32: max|x|, 0 for no elements, NaN if there is one."""
-    return x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+    if x.numel() == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)  # one pass, no copy
 
 
 def scale_of(amax: Tensor, headroom: float = 1.0, dtype: torch.dtype = E4M3) -> Tensor:
@@ -50,6 +52,23 @@ def rms_norm(x: Tensor, eps: float = 2**-23) -> Tensor:
 
 def transposed_copy(x: Tensor) -> Tensor:
     return x.mT.clone(memory_format=torch.contiguous_format)
+
+
+def fp8_quantize(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, transposed: bool, amax: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x / scale as fp8 (..., M, N) contiguous, (..., N, M) if asked for, and () max|x| if asked."""
+    out = to_fp8(x, scale, dtype).contiguous()
+    return out, transposed_copy(out) if transposed else None, max_abs(x) if amax else None
+
+
+def rms_norm_fp8_quantize(
+    x: Tensor, scale: Tensor, eps: float, keep: bool, transposed: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """rms_norm(x) rounded to bf16, if asked for, and that as e4m3 and transposed."""
+    y = rms_norm(x, eps).bfloat16().contiguous()
+    out, out_t, _ = fp8_quantize(y, scale, E4M3, transposed, False)
+    return y if keep else None, out, out_t
 
 
 def refresh_mlp_weights(
@@ -75,25 +94,27 @@ def refresh_mlp_weights(
     return MlpWeights(up_f8, up_f8_t, up_scale, down_row_f8, down_f8_t, down_scale, own_amax)
 
 
+def _write(targets: tuple[Tensor | None, ...], values: tuple[Tensor | None, ...]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        if target is not None:
+            target.copy_(value)
+
+
 def fp8_quantize_out(
     x: Tensor, scale: Tensor, out: Tensor, out_t: Tensor | None, amax: Tensor | None
 ) -> None:
-    """Writes x / scale as fp8 into `out` (like x), transposed too; raises `amax` () to max|x|."""
-    out.copy_(to_fp8(x, scale, out.dtype))
-    if out_t is not None:
-        out_t.copy_(out.mT)
+    """`fp8_quantize` into given tensors; `amax` () is raised to max|x|, never lowered."""
+    before = None if amax is None else amax.clone()
+    _write((out, out_t, amax), fp8_quantize(x, scale, out.dtype, out_t is not None, True))
     if amax is not None:
-        amax.copy_(torch.maximum(amax, max_abs(x)))
+        amax.copy_(torch.maximum(amax, before))
 
 
 def rms_norm_fp8_quantize_out(
     x: Tensor, scale: Tensor, eps: float, y: Tensor | None, out: Tensor, out_t: Tensor | None
 ) -> None:
-    """rms_norm(x) rounded to bf16 into `y`, and that as fp8 into `out`, transposed too."""
-    norm = rms_norm(x, eps).bfloat16()
-    if y is not None:
-        y.copy_(norm)
-    fp8_quantize_out(norm, scale, out, out_t, None)
+    """`rms_norm_fp8_quantize` into given tensors."""
+    _write((y, out, out_t), rms_norm_fp8_quantize(x, scale, eps, True, True))
 
 
 def fp8_refresh_out(
@@ -108,11 +129,8 @@ def fp8_refresh_out(
     amax_2L: Tensor,
     progress: Tensor,
 ) -> None:
-    """`refresh_mlp_weights` into given tensors; scales and amax: up, then down. See the kernels for
-    `progress`, which isn't needed here."""
+    """`refresh_mlp_weights` into given tensors, scales and amax: up's, then down's. `progress` is
+    what kernels count their tiles in, not used here."""
     new = refresh_mlp_weights(bank_WFD, down_amax_L, headroom)
-    targets = (up, up_t, scales_2L[0], down, down_t, scales_2L[1], amax_2L[1])
-    for target, value in zip(targets, new, strict=True):
-        if target is not None:
-            target.copy_(value)
+    _write((up, up_t, scales_2L[0], down, down_t, scales_2L[1], amax_2L[1]), new)
     amax_2L[0].copy_(bank_WFD[0::2].abs().amax((1, 2)))
