@@ -40,8 +40,7 @@ def max_abs(x: Tensor) -> Tensor:
 
 def scale_of(amax: Tensor, headroom: float = 1.0, dtype: torch.dtype = E4M3) -> Tensor:
     """The scale that puts amax * headroom on the largest number of `dtype`."""
-    # By a tensor: on GPUs, torch multiplies by the reciprocal of a number, which rounds otherwise.
-    return amax.clamp(min=MIN_AMAX) * headroom / amax.new_full((), FP8_MAX[dtype])
+    return amax.clamp(min=MIN_AMAX) * (headroom / FP8_MAX[dtype])
 
 
 def rms_norm(x: Tensor, eps: float = 2**-23) -> Tensor:
