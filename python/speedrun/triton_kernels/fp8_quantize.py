@@ -1,0 +1,366 @@
+"""Triton version of `fp8_quantize`. fp8 numbers are written as bytes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_WARPS = 8
+TILES = {"TILE_M": 128, "TILE_N": 128}  # rows of 128 bytes in both layouts
+# A norm reads its rows twice, the second time from a cache. Half the rows a program: 256 programs
+# for 16,384 tokens, on 132 multiprocessors.
+NORM_TILES = {"TILE_M": 64, "TILE_N": 128}
+# Matrices whose amax is found ahead of those being quantised: 3 of 4.7 MB are still in L2 then.
+LOOKAHEAD = 3
+# As in the reference, which this may not import.
+MIN_AMAX = 1e-12
+DOWN_HEADROOM = 1.12
+_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
+
+
+@triton.jit
+def _to_float(x, HARDWARE: tl.constexpr):
+    """float32 of 16 or 32 bits; the interpreter loses subnormal bf16 numbers, so: as integers."""
+    if HARDWARE or x.dtype != tl.bfloat16:
+        wide = x.to(tl.float32)
+    else:
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return wide
+
+
+@triton.jit
+def _round_to_bf16(x, HARDWARE: tl.constexpr):
+    """Nearest bf16 of float32, ties to even; on integers in the interpreter, which cuts off."""
+    if HARDWARE:
+        rounded = x.to(tl.bfloat16)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x == x, nearest, bits | 0x400000)  # NaN stays NaN
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return rounded
+
+
+@triton.jit
+def _fp8_bits(x, MANTISSA: tl.constexpr, HARDWARE: tl.constexpr):
+    """Bytes of the fp8 numbers (3 bits of mantissa: e4m3fn, 2: e5m2) nearest to float32 x.
+
+    On integers where there is no instruction (before sm_89) or the compiler goes by way of fp16 and
+    rounds twice (sm_89), and in the interpreter, which rounds ties up.
+    """
+    if HARDWARE:  # cvt.rn.satfinite: saturates, keeps NaN
+        if MANTISSA == 3:
+            code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            code = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        BIAS: tl.constexpr = 7 if MANTISSA == 3 else 15
+        SHIFT: tl.constexpr = 23 - MANTISSA
+        LARGEST: tl.constexpr = 0x43E00000 if MANTISSA == 3 else 0x47600000  # 448, 57344
+        SMALLEST_NORMAL: tl.constexpr = (128 - BIAS) << 23
+        # A float32 whose last bit weighs as much as the smallest subnormal.
+        ROUNDER: tl.constexpr = (151 - BIAS - MANTISSA) << 23
+        bits = x.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        clamped = tl.minimum(magnitude, LARGEST)
+        half = (1 << (SHIFT - 1)) - 1 + ((clamped >> SHIFT) & 1)
+        normal = ((clamped + half) >> SHIFT) - ((127 - BIAS) << MANTISSA)
+        rounder = tl.full(x.shape, ROUNDER, tl.uint32)
+        total = clamped.to(tl.float32, bitcast=True) + rounder.to(tl.float32, bitcast=True)
+        subnormal = total.to(tl.uint32, bitcast=True) - rounder
+        code = tl.where(clamped < SMALLEST_NORMAL, subnormal, normal)
+        code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+        code = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return code
+
+
+@triton.jit
+def _max_bits(x):
+    """Greatest |x| of a tile as the bits of a float32, NaN above all: integers keep that order."""
+    return tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
+
+
+@triton.jit
+def _store(code, out_ptr, out_t_ptr, offset, row, col, rows, cols):
+    """A tile into a matrix (rows, cols) at `offset` and into its transpose; both may be None."""
+    if out_ptr is not None:
+        mask = (row[:, None] < rows) & (col[None, :] < cols)
+        tl.store(out_ptr + offset + row[:, None] * cols + col[None, :], code, mask=mask)
+    if out_t_ptr is not None:
+        mask = (col[:, None] < cols) & (row[None, :] < rows)
+        ptrs = out_t_ptr + offset + col[:, None].to(tl.int64) * rows + row[None, :]
+        tl.store(ptrs, tl.trans(code), mask=mask)
+
+
+@triton.jit
+def fp8_quantize_kernel(
+    x_ptr,
+    scale_ptr,
+    out_ptr,
+    out_t_ptr,
+    amax_ptr,
+    rows,
+    cols,
+    x_batch_stride,
+    x_row_stride,
+    MANTISSA: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """out (batch, rows, cols) = x / scale, out_t its transpose, amax () raised; one tile a program.
+
+    out_t and amax may be None. amax points to the bits of a float32 that isn't negative.
+    """
+    row_tiles = tl.cdiv(rows, TILE_M)
+    col_tiles = tl.cdiv(cols, TILE_N)
+    tile = tl.program_id(0)
+    batch = (tile // col_tiles // row_tiles).to(tl.int64)
+    row = (tile // col_tiles % row_tiles).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    col = (tile % col_tiles).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    x_ptrs = x_ptr + batch * x_batch_stride + row[:, None] * x_row_stride + col[None, :]
+    x = tl.load(x_ptrs, mask=(row[:, None] < rows) & (col[None, :] < cols), other=0.0)
+    x = _to_float(x, HARDWARE)
+    if amax_ptr is not None:
+        tl.atomic_max(amax_ptr, _max_bits(x))
+    code = _fp8_bits(tl.div_rn(x, tl.load(scale_ptr)), MANTISSA, HARDWARE)
+    _store(code, out_ptr, out_t_ptr, batch * rows * cols, row, col, rows, cols)
+
+
+@triton.jit
+def rms_norm_fp8_quantize_kernel(
+    x_ptr,
+    scale_ptr,
+    y_ptr,
+    out_ptr,
+    out_t_ptr,
+    rows,
+    cols,
+    x_batch_stride,
+    x_row_stride,
+    inverse_cols,
+    eps,
+    HARDWARE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """y = bf16 of x / sqrt(mean(x²) + eps) by rows, out = y / scale in e4m3, out_t its transpose.
+
+    y and out_t may be None; TILE_M rows a program.
+    """
+    row_tiles = tl.cdiv(rows, TILE_M)
+    batch = (tl.program_id(0) // row_tiles).to(tl.int64)
+    row = (tl.program_id(0) % row_tiles).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    x_ptrs = x_ptr + batch * x_batch_stride + row[:, None] * x_row_stride
+    offset = batch * rows * cols
+
+    squares = tl.zeros((TILE_M,), dtype=tl.float32)
+    for start in range(0, cols, TILE_N):
+        col = start + tl.arange(0, TILE_N)
+        mask = (row[:, None] < rows) & (col[None, :] < cols)
+        x = _to_float(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), HARDWARE)
+        squares += tl.sum(x * x, axis=1)
+    root = tl.sqrt_rn(squares * inverse_cols + eps)
+    reciprocal = tl.div_rn(tl.full((TILE_M,), 1.0, tl.float32), root)
+
+    scale = tl.load(scale_ptr)
+    for start in range(0, cols, TILE_N):
+        col = start + tl.arange(0, TILE_N)
+        mask = (row[:, None] < rows) & (col[None, :] < cols)
+        x = _to_float(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), HARDWARE)
+        y = _round_to_bf16(x * reciprocal[:, None], HARDWARE)
+        if y_ptr is not None:
+            tl.store(y_ptr + offset + row[:, None] * cols + col[None, :], y, mask=mask)
+        code = _fp8_bits(tl.div_rn(_to_float(y, HARDWARE), scale), 3, HARDWARE)
+        _store(code, out_ptr, out_t_ptr, offset, row, col, rows, cols)
+
+
+@triton.jit
+def fp8_refresh_kernel(
+    bank_ptr,
+    down_amax_ptr,
+    up_ptr,
+    up_t_ptr,
+    down_ptr,
+    down_t_ptr,
+    scales_ptr,
+    amax_ptr,
+    progress_ptr,
+    num_matrices,
+    rows,
+    cols,
+    min_amax,
+    own_factor,
+    old_factor,
+    HEADROOM: tl.constexpr,
+    LOOKAHEAD: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """fp8 copies of bank (num_matrices, rows, cols), even matrices up, odd ones down.
+
+    A program finds the amax of one tile or quantises one, as its ticket says: tickets are drawn in
+    the order in which programs start, and those that quantise a matrix come after all those that
+    find its amax. So whoever waits, waits for programs that run already.
+    progress: ticket counter, then tiles done by matrix; zeros, as amax (2, layers), int32 bits.
+    """
+    col_tiles = tl.cdiv(cols, TILE_N)
+    num_tiles = tl.cdiv(rows, TILE_M) * col_tiles
+    ticket = tl.atomic_add(progress_ptr, 1)
+    # Jobs of num_tiles tickets: amax of the first LOOKAHEAD matrices, then by turns quantise one
+    # and find the amax of another, then quantise the last LOOKAHEAD.
+    job = ticket // num_tiles
+    lookahead = tl.minimum(LOOKAHEAD, num_matrices)
+    turn = job - lookahead
+    by_turns = 2 * (num_matrices - lookahead)
+    finds_amax = (turn < 0) | ((turn < by_turns) & (turn % 2 == 1))
+    matrix = tl.where(turn < by_turns, turn // 2, turn - (num_matrices - lookahead))
+    matrix = tl.where(finds_amax, tl.where(turn < 0, job, turn // 2 + lookahead), matrix)
+    is_down = matrix % 2 == 1
+    layer = matrix // 2
+    own = (matrix % 2) * (num_matrices // 2) + layer  # place in amax and scales
+
+    tile = ticket % num_tiles
+    row = (tile // col_tiles).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    col = (tile % col_tiles).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    mask = (row[:, None] < rows) & (col[None, :] < cols)
+    x_ptrs = bank_ptr + matrix.to(tl.int64) * rows * cols + row[:, None] * cols + col[None, :]
+    x = _to_float(tl.load(x_ptrs, mask=mask, other=0.0), HARDWARE)
+
+    if finds_amax:
+        tl.atomic_max(amax_ptr + own, _max_bits(x))
+        tl.atomic_add(progress_ptr + 1 + matrix, 1)
+    else:
+        uses_old = is_down & HEADROOM
+        if uses_old:
+            amax = tl.load(down_amax_ptr + layer)
+        else:
+            while tl.atomic_add(progress_ptr + 1 + matrix, 0) < num_tiles:
+                pass
+            amax = tl.atomic_max(amax_ptr + own, 0).to(tl.float32, bitcast=True)
+        amax = tl.where(amax < min_amax, min_amax, amax)  # keeps NaN
+        if uses_old:
+            scale = amax * old_factor
+        else:
+            scale = _to_float(_round_to_bf16(amax * own_factor, HARDWARE), HARDWARE)
+        if tile == 0:
+            tl.store(scales_ptr + own, scale)
+        quotient = tl.div_rn(x, scale)
+        offset = layer.to(tl.int64) * rows * cols
+        if is_down:
+            code = _fp8_bits(quotient, 3, HARDWARE)
+            _store(code, down_ptr, down_t_ptr, offset, row, col, rows, cols)
+        else:
+            quotient = _to_float(_round_to_bf16(quotient, HARDWARE), HARDWARE)
+            code = _fp8_bits(quotient, 3, HARDWARE)
+            _store(code, up_ptr, up_t_ptr, offset, row, col, rows, cols)
+
+
+def hardware_casts(device: torch.device) -> bool:
+    """Whether Triton's own casts to fp8 and bf16 are right there: sm_90 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _bytes(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.view(torch.uint8)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
+    """batch, rows, cols, batch stride, row stride of x (M, N) or (B, M, N)."""
+    x = x if x.dim() == 3 else x[None]
+    return *x.shape, x.stride(0), x.stride(1)
+
+
+def fp8_quantize_out(
+    x: Tensor, scale: Tensor, out: Tensor, out_t: Tensor | None, amax: Tensor | None
+) -> None:
+    """x / scale into `out` (contiguous, like x), its transpose into `out_t`; amax () is raised."""
+    if x.numel() == 0:
+        return
+    batch, rows, cols, *strides = _sizes(x)
+    grid = (batch * triton.cdiv(rows, TILES["TILE_M"]) * triton.cdiv(cols, TILES["TILE_N"]),)
+    with torch.cuda.device_of(x):  # a launch goes to the current device
+        fp8_quantize_kernel[grid](
+            x,
+            scale,
+            _bytes(out),
+            _bytes(out_t),
+            None if amax is None else amax.view(torch.int32),
+            rows,
+            cols,
+            *strides,
+            MANTISSA=_MANTISSA_BITS[out.dtype],
+            HARDWARE=hardware_casts(x.device),
+            **TILES,
+            num_warps=NUM_WARPS,
+        )
+
+
+def rms_norm_fp8_quantize_out(
+    x: Tensor, scale: Tensor, eps: float, y: Tensor | None, out: Tensor, out_t: Tensor | None
+) -> None:
+    """The RMS norm of x into `y` (bf16), as e4m3 into `out` and transposed into `out_t`."""
+    if x.numel() == 0:
+        return
+    batch, rows, cols, *strides = _sizes(x)
+    grid = (batch * triton.cdiv(rows, NORM_TILES["TILE_M"]),)
+    with torch.cuda.device_of(x):
+        rms_norm_fp8_quantize_kernel[grid](
+            x,
+            scale,
+            y,
+            _bytes(out),
+            _bytes(out_t),
+            rows,
+            cols,
+            *strides,
+            1 / cols,
+            eps,
+            HARDWARE=hardware_casts(x.device),
+            **NORM_TILES,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,  # the reference rounds products and sums one by one
+        )
+
+
+def fp8_refresh_out(
+    bank: Tensor,
+    down_amax: Tensor,
+    headroom: bool,
+    up: Tensor,
+    up_t: Tensor | None,
+    down: Tensor | None,
+    down_t: Tensor,
+    scales: Tensor,
+    amax: Tensor,
+    progress: Tensor,
+) -> None:
+    """The fp8 weights of bank (2L, F, D); amax (2, L) and progress (1 + 2L,) are zeros before."""
+    num_matrices, rows, cols = bank.shape
+    tiles = triton.cdiv(rows, TILES["TILE_M"]) * triton.cdiv(cols, TILES["TILE_N"])
+    with torch.cuda.device_of(bank):
+        fp8_refresh_kernel[(2 * num_matrices * tiles,)](
+            bank,
+            down_amax,
+            _bytes(up),
+            _bytes(up_t),
+            _bytes(down),
+            _bytes(down_t),
+            scales,
+            amax.view(torch.int32),
+            progress,
+            num_matrices,
+            rows,
+            cols,
+            MIN_AMAX,
+            1 / 448,
+            DOWN_HEADROOM / 448,
+            HEADROOM=headroom,
+            LOOKAHEAD=LOOKAHEAD,
+            HARDWARE=hardware_casts(bank.device),
+            **TILES,
+            num_warps=NUM_WARPS,
+        )
