@@ -52,3 +52,59 @@ TRANSPOSE_FULL = (
     Case("fp32", (768, 50304), torch.float32, "moments that follow the head when it is untied"),
     Case("odd", (50257, 769), torch.bfloat16, "the path for sides that are not aligned"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulCase:
+    """A (m, k) times B (n, k) transposed; `kind` names the front door or what training does."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+    why: str
+    kind: str = "store"
+    a_dtype: torch.dtype = torch.float8_e4m3fn
+    b_dtype: torch.dtype = torch.float8_e4m3fn
+    fast_accum: bool = False
+
+
+# For every type, on every backend.
+FP8_MATMUL_SMALL = (
+    MatmulCase("one_tile", 128, 128, 128, "a whole tile, one step along K"),
+    MatmulCase("edges", 80, 144, 208, "aligned to 16, and tiles are cut on all sides"),
+    MatmulCase("wide_tile", 160, 272, 144, "the large tile of fast sums, cut"),
+    MatmulCase("unaligned", 33, 65, 17, "no row starts at a multiple of 16 bytes: no TMA"),
+    MatmulCase("many_tiles", 1168, 144, 16, "more than one group of row tiles, the last one short"),
+    MatmulCase("one_row", 1, 48, 64, "a vector times a matrix"),
+    MatmulCase("one_column", 48, 1, 64, "a matrix times a vector"),
+    MatmulCase("one", 1, 1, 1, "the smallest"),
+    MatmulCase("long_k", 32, 32, 4112, "many steps along K, the last one short; K is cut in parts"),
+    MatmulCase("no_rows", 0, 16, 32, "nothing to do"),
+    MatmulCase("no_columns", 16, 0, 32, "nothing to do, from the other side"),
+    MatmulCase("no_k", 5, 7, 0, "sums of nothing: zeros"),
+)
+
+
+def _training_matmuls(stage: str, tokens: int) -> tuple[MatmulCase, ...]:
+    """The FP8 products of one stage: width 768, MLP 3072, vocabulary 50304 (KERNELS 0.2)."""
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    rows = (
+        ("up", tokens, 3072, 768, "MLP up, and relu² behind it", "relu2", e4m3, e4m3, True),
+        ("down", tokens, 768, 3072, "MLP down", "store", e4m3, e4m3, True),
+        ("dpre", tokens, 3072, 768, "back through down and relu²", "drelu2", e5m2, e4m3, False),
+        ("dx", tokens, 768, 3072, "back through up", "store", e5m2, e4m3, False),
+        ("dw_up", 3072, 768, tokens, "few tiles and a long K", "add", e5m2, e4m3, False),
+        ("dw_down", 3072, 768, tokens, "the same, types swapped", "add", e4m3, e5m2, False),
+        ("head", tokens, 50304, 768, "logits", "store", e4m3, e4m3, True),
+        ("head_dx", tokens, 768, 50304, "longest K", "store", e5m2, e4m3, False),
+        ("head_dw", 768, 50304, tokens, "many tiles and a long K", "add", e4m3, e5m2, False),
+    )
+    return tuple(MatmulCase(f"{row[0]}_{stage}", *row[1:]) for row in rows)
+
+
+FP8_MATMUL_FULL = tuple(
+    case
+    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for case in _training_matmuls(stage, tokens)
+)

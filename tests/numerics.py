@@ -6,6 +6,10 @@ Accuracy, with `ref64` the reference in float64 and `same` the reference in the 
 where an ulp is that of out's type, at the largest and at the mean magnitude of ref64. So a kernel
 may be twice as wrong as plain PyTorch, and no constant is tuned to make a test pass.
 Data movement and casts: the same bits.
+
+Sums of FP8 products have a law of their own, since FP8 tensor cores add numbers of about 14 bits:
+    |out − ref64| <= 2^-12 · Σ|a·b| + one ulp                            element by element
+What is computed from such a sum by increasing functions lies between their values at both ends.
 """
 
 import torch
@@ -49,3 +53,31 @@ def assert_accurate(out: Tensor, same: Tensor, ref64: Tensor) -> None:
         limit = 2 * reduce(allowed).item() + ulp(out.dtype, reduce(ref64.abs()).item())
         found = reduce(error).item()
         assert found <= limit, f"{name} error {found:.3g} above the limit {limit:.3g}"
+
+
+FP8_SUM_ERROR = 2.0**-12  # share of Σ|a·b|; to be confirmed on hardware
+
+
+def assert_accurate_fp8_sum(
+    out: Tensor, ref64: Tensor, magnitude64: Tensor, share: float = FP8_SUM_ERROR
+) -> None:
+    """The law above; `magnitude64` is Σ|a·b| with the scales. NaNs must be where ref64 has them."""
+    assert out.shape == ref64.shape == magnitude64.shape and ref64.dtype == torch.float64
+    info = torch.finfo(out.dtype)
+    ulps = torch.exp2(ref64.abs().clamp(min=info.smallest_normal).log2().floor()) * info.eps
+    margin = share * magnitude64 + ulps
+    assert_between(out, ref64 - margin, ref64 + margin)
+
+
+def assert_between(out: Tensor, low: Tensor, high: Tensor) -> None:
+    """low <= out <= high, elementwise, and NaN where they are."""
+    values, low, high = out.double(), low.double(), high.double()
+    assert torch.equal(values.isnan(), low.isnan()), "NaNs differ from the reference's"
+    wrong = (values < low) | (values > high)
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        value, least, most = (x[tuple(at)].item() for x in (values, low, high))
+        count = f"{wrong.sum().item()} of {out.numel()}"
+        raise AssertionError(
+            f"{count} out of bounds; at {at}: {value:.9g}, not in {least:.9g} .. {most:.9g}"
+        )

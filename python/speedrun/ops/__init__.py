@@ -1,6 +1,21 @@
 """Operators: one front door per file, with its schema, fake implementation and gradient."""
 
 from speedrun.ops._dispatch import backends_used, use_backend
+from speedrun.ops.fp8_matmul import (
+    fp8_matmul,
+    fp8_matmul_add_,
+    fp8_matmul_drelu2,
+    fp8_matmul_relu2,
+)
 from speedrun.ops.transpose import transpose, transpose_add_
 
-__all__ = ["backends_used", "transpose", "transpose_add_", "use_backend"]
+__all__ = [
+    "backends_used",
+    "fp8_matmul",
+    "fp8_matmul_add_",
+    "fp8_matmul_drelu2",
+    "fp8_matmul_relu2",
+    "transpose",
+    "transpose_add_",
+    "use_backend",
+]
