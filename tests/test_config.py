@@ -89,7 +89,7 @@ def test_later_overrides_win_and_others_stay():
         ("optim.muon_lr=fast", "expected a number"),
         ("data.repeat=maybe", "expected true or false"),
         ("data.val_tokens=all", "expected none or a whole number"),
-        ("precision=fp8", "expected one of auto, recipe, float32"),
+        ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
         ("target_loss=low", "expected a number or one of gzip"),
         ("model.layers=short,medium", "role 'medium' is unknown; allowed: short, long, none"),
         ("model.layers=short*x", "the count after '*' must be a whole number"),

@@ -64,6 +64,28 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class MLPConfig:
+    """Precision of the MLP in training, where `precision` is "recipe". Defaults: record_089's.
+
+    The first six: the type of each GEMM's operands, by what it makes: relu² (up), the output
+    (down), the gradient before relu² (dpre), and those of the input, of Up and of Down.
+    """
+
+    up: Literal["bf16", "fp8"] = "fp8"
+    down: Literal["bf16", "fp8"] = "fp8"
+    dpre: Literal["bf16", "fp8"] = "bf16"
+    dx: Literal["bf16", "fp8"] = "bf16"
+    dup: Literal["bf16", "fp8"] = "bf16"
+    ddown: Literal["bf16", "fp8"] = "bf16"
+    post: Literal["bf16", "fp8"] = "bf16"  # how relu² is kept for the backward pass
+    x_scale: Literal["current", "static"] = "current"  # of the input: its own amax, or √D/448
+
+    @property
+    def uses_fp8(self) -> bool:
+        return "fp8" in dataclasses.astuple(self)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the GPT. D model_dim, H num_heads, K head_dim, F mlp_hidden, V padded_vocab_size."""
 
@@ -84,6 +106,7 @@ class ModelConfig:
     softcap_b: float = 5.0
     softcap_c: float = 7.5
     embed_std: float = 0.005  # embed and lm_head start as the same N(0, embed_std^2)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -127,6 +150,9 @@ class ScheduleConfig:
     momentum_peak: float = 0.95
     momentum_warmup_steps: int = 300
     momentum_cooldown_steps: int = 50
+    # FP8 copies of the MLP's down weights: by their own amax for so many steps, while they leave
+    # zero, then by that of the step before, with headroom.
+    fp8_down_own_amax_steps: int = 17
 
     @property
     def total_steps(self) -> int:
@@ -185,7 +211,9 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     # nats per token; "gzip": what gzip -9 needs for a byte of the same validation text
     target_loss: float | Literal["gzip"] = TARGET_LOSS_MAIN
-    precision: Literal["auto", "recipe", "float32"] = "auto"  # auto: float32 on CPUs, else recipe
+    # recipe: bf16 parameters, and FP8 as model.mlp says. auto: float32 on CPUs, on GPUs recipe, or
+    # bf16 where they have no FP8.
+    precision: Literal["auto", "recipe", "bf16", "float32"] = "auto"
     micro_batch_parts: int = 1  # parts of a step that go through the model at once
     log_interval: int = 1  # steps between training lines of the log
 
@@ -239,6 +267,10 @@ def check(config: Config) -> None:
         model.vocab_size,
         "must be in 1..65536 (tokens are 16 bits)",
     )
+    for f in dataclasses.fields(model.mlp):
+        value = getattr(model.mlp, f.name)
+        allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
+        require(value in allowed, f"model.mlp.{f.name}", value, f"must be {' or '.join(allowed)}")
     require(
         0 <= model.bigram_dim <= model.model_dim,
         "model.bigram_dim",
@@ -257,6 +289,12 @@ def check(config: Config) -> None:
         value = getattr(schedule, name)
         require(value <= 1, f"schedule.{name}", value, "must be at most 1")
     require_positive(schedule, "schedule.", "momentum_warmup_steps", "momentum_cooldown_steps")
+    require(
+        schedule.fp8_down_own_amax_steps > 0,
+        "schedule.fp8_down_own_amax_steps",
+        schedule.fp8_down_own_amax_steps,
+        "must be at least 1: before the first step there is no other amax",
+    )
     require(len(schedule.stages) > 0, "schedule.stages", "()", "needs at least one stage")
     require(
         not schedule.stage_ends

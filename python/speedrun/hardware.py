@@ -65,6 +65,14 @@ def compute_capability(device: int = 0) -> str:
     return f"{major}.{minor}"
 
 
+def best_precision(device: torch.device) -> str:
+    """What the config's `precision: auto` means on a device."""
+    if device.type != "cuda":
+        return "float32"
+    has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+    return "recipe" if has_fp8 else "bf16"
+
+
 def free_memory_bytes(device: int | None = None) -> int:
     """Free memory of a GPU, or of the host (device None); 0 if the system doesn't tell."""
     if device is not None:

@@ -9,16 +9,20 @@ V padded vocabulary, L layers, A layers with attention, R bigram rows, N targets
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrun.config import LayerSpec, ModelConfig
+from speedrun.config import LayerSpec, MLPConfig, ModelConfig
 from speedrun.ops.attention import AttentionPlan, attention, plan_attention
+from speedrun.ops.fp8_quantize import MlpWeights, refresh_mlp_weights
 from speedrun.ops.qk_norm_rope import NORM_EPS, qk_norm_rope, rotary_frequencies, rotary_table
-from speedrun.ops.relu2_mlp import relu2_mlp
+from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
 from speedrun.ops.softcap_ce import NO_TARGET, softcap_ce
 
 
@@ -54,14 +58,52 @@ def shifted_targets(targets_PT: Tensor, num_targets: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+class Fp8MLPState(nn.Module):
+    """FP8 weights and scales of every layer's MLP: RECIPE section 3, "FP8".
+
+    Buffers hold what one step leaves to the next; the weights' copies come from the parameters. It
+    belongs to one rank: its micro-batches set `post_scale_L` one after the other. So the scales of
+    post, and no other number of the model, depend on the number of ranks and on the grouping of
+    parts into micro-batches.
+    """
+
+    def __init__(self, num_layers: int, config: MLPConfig) -> None:
+        super().__init__()
+        self.gemms = Gemms(**dataclasses.asdict(config))
+        self.register_buffer("post_scale_L", torch.ones(num_layers))
+        self.register_buffer("down_amax_L", torch.zeros(num_layers))
+        self.weights: MlpWeights | None = None
+
+    @torch.no_grad()
+    def refresh(self, mlp_bank: Tensor, own_amax: bool) -> None:
+        """Quantise all weights anew; once a step, before its first micro-batch.
+
+        `own_amax`: Down by its own largest value, else by that of the refresh before.
+        """
+        copies = {"up_t": self.gemms.dx == "fp8", "down_row": self.gemms.dpre == "fp8"}
+        self.weights = refresh_mlp_weights(mlp_bank, self.down_amax_L, not own_amax, **copies)
+        self.down_amax_L.copy_(self.weights.down_amax)
+
+    def layers(self) -> Iterable[Fp8Layer]:
+        """What `relu2_mlp` takes, layer by layer."""
+        w = self.weights
+        banks = (w.up_f8, w.up_f8_t, w.up_scale, w.down_f8, w.down_f8_t, w.down_scale)
+        for layer, post_scale in enumerate(self.post_scale_L.split(1)):
+            tensors = (None if bank is None else bank[layer] for bank in banks)
+            yield Fp8Layer(self.gemms, *tensors, post_scale.view(()))
+
+
 class GPT(nn.Module):
     """Parameters are banks: one tensor for all matrices of a kind, as the optimizer wants them.
 
     qk_bank (2·A·H/2, 2K, D): by layer the Q pairs of heads, then the K pairs.
     vo_bank (2·A, D, D): by layer V, then O.   mlp_bank (2·L, F, D): by layer up, then down.
+    `fp8`: whether training uses FP8 where `config` says so; it needs `dtype` bfloat16.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, fp8: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         D, K, V = config.model_dim, config.head_dim, config.padded_vocab_size
@@ -81,6 +123,9 @@ class GPT(nn.Module):
         frequencies = rotary_frequencies(K, config.rotary_base)
         self.register_buffer("rotary_freq", frequencies, persistent=True)
         self.score_scale = config.score_scale
+        self.fp8_mlp: Fp8MLPState | None = None
+        if fp8 and config.mlp.uses_fp8:
+            self.fp8_mlp = Fp8MLPState(len(config.layers), config.mlp)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -112,8 +157,15 @@ class GPT(nn.Module):
             for name in sorted(used)
         }
 
-    def forward(self, batch: MicroBatch, windows: dict[str, AttentionPlan]) -> Tensor:
-        """z (P*T, V), before the softcap."""
+    def refresh_fp8(self, down_own_amax: bool) -> None:
+        """FP8 copies of the weights as they are now; once a step, before its micro-batches."""
+        if self.fp8_mlp is not None:
+            self.fp8_mlp.refresh(self.mlp_bank, down_own_amax)
+
+    def forward(
+        self, batch: MicroBatch, windows: dict[str, AttentionPlan], training: bool = False
+    ) -> Tensor:
+        """z (P*T, V), before the softcap. FP8 is for training only."""
         rotary = rotary_table(
             self.rotary_freq,
             torch.arange(batch.inputs_PT.shape[1], device=self.embed.device),
@@ -124,11 +176,13 @@ class GPT(nn.Module):
             x_PTD = self.add_bigram(x_PTD, batch)
         qk, vo = iter(self.qk_bank.split(self.config.num_heads)), iter(self.vo_bank.split(2))
         mlp = iter(self.mlp_bank.split(2))
+        use_fp8 = training and self.fp8_mlp is not None
+        fp8 = iter(self.fp8_mlp.layers() if use_fp8 else itertools.repeat(None))
         for spec in self.config.layers:
             if spec.attention is not None:
                 x_PTD = x_PTD + self.attend(spec, norm(x_PTD), next(qk), next(vo), windows, rotary)
             up_FD, down_FD = next(mlp)
-            x_PTD = x_PTD + relu2_mlp(norm(x_PTD), up_FD, down_FD)
+            x_PTD = x_PTD + relu2_mlp(norm(x_PTD), up_FD, down_FD, next(fp8))
         return (norm(x_PTD) @ self.lm_head).flatten(0, 1)
 
     def add_bigram(self, x_PTD: Tensor, batch: MicroBatch) -> Tensor:
@@ -167,20 +221,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Scalar: weighted loss summed over the positions of the micro-batch, fp32 or wider."""
         targets = shifted_targets(batch.targets_PT, len(weights.multi_token))
-        return self.loss(batch, windows, targets, weights.multi_token)
+        z = self(batch, windows, training=True)
+        return self.loss(z, targets, weights.multi_token)
 
     def validation_loss(self, batch: MicroBatch, windows: dict[str, AttentionPlan]) -> Tensor:
         """Scalar: plain cross-entropy of the next token, summed over the positions."""
-        return self.loss(batch, windows, shifted_targets(batch.targets_PT, 1), (1.0,))
+        return self.loss(self(batch, windows), shifted_targets(batch.targets_PT, 1), (1.0,))
 
-    def loss(
-        self,
-        batch: MicroBatch,
-        windows: dict[str, AttentionPlan],
-        targets: Tensor,
-        weights: tuple[float, ...],
-    ) -> Tensor:
-        config, z = self.config, self(batch, windows)
+    def loss(self, z: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
+        config = self.config
         weights_N = torch.tensor(weights, dtype=torch.float32, device=z.device)
         losses = softcap_ce(
             z, targets, weights_N, config.softcap_a, config.softcap_b, config.softcap_c

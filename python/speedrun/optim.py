@@ -86,7 +86,8 @@ class Optimizer:
     """Every parameter of a model with the row of the table that names it.
 
     Raises ConfigError when a parameter has no row, or two. A row without a parameter is fine: a
-    table serves models with a technique switched off.
+    table serves models with a technique switched off. `buffers`: what else a step changes in the
+    model, for snapshots only.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimConfig,
         comms: Comms,
+        buffers: Iterable[Tensor] = (),
     ) -> None:
-        self.config, self.comms = config, comms
+        self.config, self.comms, self.buffers = config, comms, list(buffers)
         names = [row.name for row in (*config.muon_table, *config.adam_table)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -137,7 +139,7 @@ class Optimizer:
             item.param.grad = None
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of parameters and state, for `restore`; taken before the warm-up."""
+        """Copies of parameters, buffers and state, for `restore`; taken before the warm-up."""
         return [t.clone() for t in self._tensors()]
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
@@ -150,4 +152,5 @@ class Optimizer:
             adam.num_updates = 0
 
     def _tensors(self) -> list[Tensor]:
-        return [t for item in [*self.banks, *self.adams] for t in item.tensors()]
+        state = [t for item in [*self.banks, *self.adams] for t in item.tensors()]
+        return state + self.buffers

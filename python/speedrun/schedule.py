@@ -27,6 +27,7 @@ class StepPlan:
     window_long: int
     multi_token_weights: tuple[float, ...]
     prefix_weight: float
+    fp8_down_own_amax: bool  # FP8 copies of the MLP's down weights use their own amax
     validate: bool
     last: bool  # validate, then stop: nothing is trained at this step
 
@@ -76,6 +77,7 @@ class Schedule:
             window_long=windows[1],
             multi_token_weights=weights,
             prefix_weight=_between(*stage.prefix_weight, frac),
+            fp8_down_own_amax=step < config.fp8_down_own_amax_steps,
             validate=last or step % config.val_interval == 0,
             last=last,
         )

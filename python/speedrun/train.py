@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     log = start_log(args, config, data, run)
 
     model = build_model(config, run, args.seed)
-    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms)
+    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.buffers())
     warm_up(model, optimizer, schedule, config, data, run)
     losses = LossQueue()
     clock = Clock(run.device)
@@ -107,6 +107,7 @@ class Run:
     comms: Comms
     device: torch.device
     dtype: torch.dtype
+    fp8: bool = False
 
 
 def start_run(args: argparse.Namespace, config: Config) -> Run:
@@ -131,11 +132,9 @@ def start_run(args: argparse.Namespace, config: Config) -> Run:
         hardware.keep_freed_memory()
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    wanted = config.precision
-    if wanted == "auto":
-        wanted = "float32" if device.type == "cpu" else "recipe"
+    wanted = hardware.best_precision(device) if config.precision == "auto" else config.precision
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
-    return Run(Comms(rank, world_size), device, dtype)
+    return Run(Comms(rank, world_size), device, dtype, fp8=wanted == "recipe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +222,7 @@ def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: R
             "device": hardware.device_name(run.device),
             "world_size": run.comms.world_size,
             "dtype": str(run.dtype),
+            "fp8": run.fp8,
             "train_data": [str(path) for path in data.train],
             "val_data": [str(path) for path in data.val],
             "tokenizer": data.format.tokenizer,
@@ -239,7 +239,7 @@ def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: R
 
 
 def build_model(config: Config, run: Run, seed: int) -> GPT:
-    model = GPT(config.model, run.dtype)
+    model = GPT(config.model, run.dtype, run.fp8)
     model.init_weights(seed)
     return model.to(run.device)
 
@@ -347,11 +347,11 @@ def forward_backward(model: GPT, micro_batches: list[MicroBatch], plan: StepPlan
 
     Whatever the number of ranks, the sum over them is the gradient of all positions / 8.
     """
-    weights = LossWeights(plan.multi_token_weights)
+    model.refresh_fp8(plan.fp8_down_own_amax)
     total = torch.zeros((), device=model.embed.device)
     for batch in micro_batches:
         windows = model.plan_windows(batch, plan.window_short, plan.window_long)
-        loss = model.training_loss(batch, windows, weights)
+        loss = model.training_loss(batch, windows, LossWeights(plan.multi_token_weights))
         (loss / NUM_PARTS).backward()
         total += loss.detach()
     return total
