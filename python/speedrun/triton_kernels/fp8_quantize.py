@@ -137,7 +137,7 @@ def rms_norm_fp8_quantize_kernel(
     out_ptr,
     out_t_ptr,
     rows,
-    cols,
+    cols: tl.constexpr,
     x_batch_stride,
     x_row_stride,
     inverse_cols,
@@ -148,7 +148,7 @@ def rms_norm_fp8_quantize_kernel(
 ):
     """y = bf16 of x / sqrt(mean(x²) + eps) by rows, out = y / scale in e4m3, out_t its transpose.
 
-    y and out_t may be None; TILE_M rows a program.
+    y and out_t may be None; TILE_M rows a program. Compiled for each width: a model has one.
     """
     row_tiles = tl.cdiv(rows, TILE_M)
     batch = (tl.program_id(0) // row_tiles).to(tl.int64)
