@@ -1,6 +1,7 @@
 """Shard files as written, and the two corpora that need no download."""
 
 import errno
+import gzip
 import hashlib
 import json
 import math
@@ -235,6 +236,10 @@ def test_compressed_nats_per_byte(tmp_path):
     write_shards(tmp_path, "x", "val", [tokens[:9000], tokens[9000:]], BYTES)
     nats = corpus.compressed_nats_per_byte(find_shards(tmp_path, "val"))
     assert nats["gzip"] == pytest.approx(8 * math.log(2), rel=0.02)  # noise has 8 bits a byte
+    first = corpus.compressed_nats_per_byte(find_shards(tmp_path, "val"), 5001)  # BOS and 5,000
+    assert first["gzip"] == pytest.approx(
+        len(gzip.compress(text[:5000], 9)) * 8 * math.log(2) / 5000
+    )
     write_shards(tmp_path / "gpt2", "x", "val", [row(50000)], GPT2)
     with pytest.raises(DataError, match="not a byte-level shard"):
         corpus.compressed_nats_per_byte(find_shards(tmp_path / "gpt2", "val"))

@@ -319,3 +319,16 @@ def test_bad_validation(shards, options, pattern):
     )
     with pytest.raises(DataError, match=pattern):
         list(data.validation_parts(**options))
+
+
+def test_validation_of_all_tokens_up_to_a_limit(shards):
+    def predicted(**options):
+        parts = data.validation_parts(
+            shards, format=BYTES, tokens_per_part=800, rank=0, world_size=1, **ROWS, **options
+        )
+        return sum(len(part.inputs) for part in parts)
+
+    assert predicted(num_tokens=None) == 17_299
+    assert predicted(num_tokens=None, at_most=20_000) == 17_299
+    assert predicted(num_tokens=None, at_most=1_000) == 1_000
+    assert predicted(num_tokens=1_200, at_most=1_000) == 1_200  # asked for by number

@@ -148,6 +148,21 @@ def test_first_loss_is_that_of_a_guess():
     assert loss.item() == pytest.approx(math.log(32), abs=0.05)
 
 
+def test_validation_loss_in_pieces(monkeypatch):
+    """The head takes some rows at a time; the loss is that of all logits."""
+    model, batch = random_model(), make_batch(CONFIG, 2, [0, 40])
+    whole = forward(model, batch)
+    logits = 23 * torch.sigmoid((whole + 5) / 7.5)
+    expected = torch.nn.functional.cross_entropy(
+        logits, batch.targets_PT.flatten(), reduction="sum"
+    )
+    plans = model.plan_windows(batch, *WINDOWS)
+    for at_once in (1, 7 * 32, 1 << 24):
+        monkeypatch.setattr("speedrun.model.LOGITS_AT_ONCE", at_once)
+        loss = model.validation_loss(batch, plans)
+        torch.testing.assert_close(loss, expected, **FLOAT64_NOISE)
+
+
 def changed_logits(model, tokens, position, starts):
     """Positions whose logits move when the token at `position` is another one."""
     other = tokens.copy()

@@ -28,14 +28,16 @@ def validation_parts(
     rank: int,
     world_size: int,
     cu_seqlens_entries: int | None = None,
+    at_most: int | None = None,
 ) -> Iterator[Part]:
     """This rank's validation parts: consecutive tokens of the shards, not aligned to documents.
 
     Parts are dealt to the ranks like cards, as in training (rank, rank + world_size, …), so that
     some ranks may get one fewer. num_tokens: how many are predicted (one more is read); None is
-    everything. The last part is shorter where tokens_per_part does not divide num_tokens.
-    cu_seqlens is 0, then every document start (0 twice for a part that begins with one), padded
-    with the part's length. Raises DataError, at once for bad headers and too few tokens.
+    everything, or the first `at_most` of more. The last part is shorter where tokens_per_part does
+    not divide num_tokens. cu_seqlens is 0, then every document start (0 twice for a part that
+    begins with one), padded with the part's length. Raises DataError, at once for bad headers and
+    too few tokens.
     """
     check_rank(rank, world_size)
     check_table_rows(bigram_table_rows, sign_table_rows)
@@ -46,7 +48,7 @@ def validation_parts(
     files = [twin.Shard(path, format) for path in shards]
     firsts = [0, *accumulate(file.num_tokens for file in files)]  # stream offset of each shard
     if num_tokens is None:
-        num_tokens = firsts[-1] - 1
+        num_tokens = min(firsts[-1] - 1, firsts[-1] if at_most is None else at_most)
     if not 1 <= num_tokens < firsts[-1]:
         raise DataError(
             f"{shards[0]}: {len(files)} validation shard(s) hold {firsts[-1]:,} tokens, and "

@@ -198,7 +198,8 @@ class DataConfig:
     long_documents: Literal["cut", "split"] = "cut"
     repeat: bool = False
     cu_seqlens_entries: int | None = None  # None: by the rule of RECIPE section 2
-    val_tokens: int | None = RECORD_VAL_TOKENS  # None: every validation token there is
+    val_tokens: int | None = RECORD_VAL_TOKENS  # None: all there are, up to val_tokens_at_most
+    val_tokens_at_most: int | None = None
     val_tokens_per_part: int = 262_144
 
 
@@ -354,6 +355,12 @@ def check(config: Config) -> None:
         "data.val_tokens",
         data.val_tokens,
         "must be greater than 0, or None for all",
+    )
+    require(
+        data.val_tokens_at_most is None or data.val_tokens_at_most > 0,
+        "data.val_tokens_at_most",
+        data.val_tokens_at_most,
+        "must be greater than 0, or None for no limit",
     )
     require(
         config.micro_batch_parts in (1, 2, 4, 8),

@@ -191,21 +191,25 @@ def text_corpus(file: Path | str, folder: Path | str) -> Path:
     return target
 
 
-def compressed_nats_per_byte(val_shards: Sequence[Path | str]) -> dict[str, float]:
+def compressed_nats_per_byte(
+    val_shards: Sequence[Path | str], num_tokens: int | None = None
+) -> dict[str, float]:
     """Nats a byte that `gzip -9` and `bz2 -9` need for the text of byte-level shards.
 
-    The documents are joined, without BOS. A model's mean loss in nats over the same bytes can be
+    `num_tokens`: of their first tokens only (BOS counts). The documents are joined, without BOS. A model's mean loss in nats over the same bytes can be
     compared with it. DataError for shards that are not byte-level, or hold no text.
     """
     parts = []
     for path in val_shards:
         try:
-            tokens = np.fromfile(path, "<u2", offset=HEADER_BYTES)
+            tokens = np.fromfile(path, "<u2", offset=HEADER_BYTES)[:num_tokens]
         except OSError as error:
             raise DataError(f"{path}: can't be read ({error.strerror})") from error
         if tokens.size and tokens.max() > BYTES.bos_id:
             raise DataError(f"{path}: token {tokens.max()}: not a byte-level shard")
         parts.append(tokens[tokens != BYTES.bos_id].astype(np.uint8).tobytes())
+        if num_tokens is not None:
+            num_tokens -= tokens.size
     text = b"".join(parts)
     if not text:
         raise DataError(f"no text in {len(val_shards)} validation shards: nothing to compress")

@@ -25,6 +25,8 @@ from speedrun.ops.qk_norm_rope import NORM_EPS, qk_norm_rope, rotary_frequencies
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
 from speedrun.ops.softcap_ce import NO_TARGET, softcap_ce
 
+LOGITS_AT_ONCE = 1 << 24  # in validation: 64 MB in fp32, little enough for caches and laptops
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -162,10 +164,14 @@ class GPT(nn.Module):
         if self.fp8_mlp is not None:
             self.fp8_mlp.refresh(self.mlp_bank, down_own_amax)
 
-    def forward(
+    def forward(self, batch: MicroBatch, windows: dict[str, AttentionPlan]) -> Tensor:
+        """z (P*T, V), before the softcap."""
+        return self.trunk(batch, windows) @ self.lm_head
+
+    def trunk(
         self, batch: MicroBatch, windows: dict[str, AttentionPlan], training: bool = False
     ) -> Tensor:
-        """z (P*T, V), before the softcap. FP8 is for training only."""
+        """(P*T, D): what the head multiplies. FP8 is for training only."""
         rotary = rotary_table(
             self.rotary_freq,
             torch.arange(batch.inputs_PT.shape[1], device=self.embed.device),
@@ -183,7 +189,7 @@ class GPT(nn.Module):
                 x_PTD = x_PTD + self.attend(spec, norm(x_PTD), next(qk), next(vo), windows, rotary)
             up_FD, down_FD = next(mlp)
             x_PTD = x_PTD + relu2_mlp(norm(x_PTD), up_FD, down_FD, next(fp8))
-        return (norm(x_PTD) @ self.lm_head).flatten(0, 1)
+        return norm(x_PTD).flatten(0, 1)
 
     def add_bigram(self, x_PTD: Tensor, batch: MicroBatch) -> Tensor:
         """x with the scaled (and signed) bigram embedding added to its first bigram_dim columns."""
@@ -220,18 +226,29 @@ class GPT(nn.Module):
         self, batch: MicroBatch, windows: dict[str, AttentionPlan], weights: LossWeights
     ) -> Tensor:
         """Scalar: weighted loss summed over the positions of the micro-batch, fp32 or wider."""
-        targets = shifted_targets(batch.targets_PT, len(weights.multi_token))
-        z = self(batch, windows, training=True)
-        return self.loss(z, targets, weights.multi_token)
+        targets_TN = shifted_targets(batch.targets_PT, len(weights.multi_token))
+        x_TD = self.trunk(batch, windows, training=True)
+        return self.head_loss(x_TD, targets_TN, weights.multi_token)
 
     def validation_loss(self, batch: MicroBatch, windows: dict[str, AttentionPlan]) -> Tensor:
-        """Scalar: plain cross-entropy of the next token, summed over the positions."""
-        return self.loss(self(batch, windows), shifted_targets(batch.targets_PT, 1), (1.0,))
+        """Scalar: plain cross-entropy of the next token, summed over the positions.
 
-    def loss(self, z: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
-        config = self.config
-        weights_N = torch.tensor(weights, dtype=torch.float32, device=z.device)
+        The head takes some rows at a time: all logits of a part at once would be gigabytes.
+        """
+        rows = max(1, LOGITS_AT_ONCE // self.lm_head.shape[1])
+        chunks = zip(
+            self.trunk(batch, windows).split(rows),
+            shifted_targets(batch.targets_PT, 1).split(rows),
+            strict=True,
+        )
+        losses = [self.head_loss(x_TD, targets_TN, (1.0,)) for x_TD, targets_TN in chunks]
+        return torch.stack(losses).sum()
+
+    def head_loss(self, x_TD: Tensor, targets_TN: Tensor, weights: tuple[float, ...]) -> Tensor:
+        """Scalar: the weighted losses of these positions, summed."""
+        config, z_TV = self.config, x_TD @ self.lm_head
+        weights_N = torch.tensor(weights, dtype=torch.float32, device=z_TV.device)
         losses = softcap_ce(
-            z, targets, weights_N, config.softcap_a, config.softcap_b, config.softcap_c
+            z_TV, targets_TN, weights_N, config.softcap_a, config.softcap_b, config.softcap_c
         )
         return losses.sum()

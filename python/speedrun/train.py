@@ -322,6 +322,7 @@ def validation_arrays(config: Config, data: DataSource, rank: int, world_size: i
         format=data.format,
         tokens_per_part=config.data.val_tokens_per_part,
         num_tokens=config.data.val_tokens,
+        at_most=config.data.val_tokens_at_most,
         bigram_table_rows=config.model.bigram_rows,
         sign_table_rows=config.model.sign_rows,
         rank=rank,
@@ -405,7 +406,8 @@ def finish(config: Config, data: DataSource, log: RunLog) -> None:
     target = config.target_loss
     what = "the recipe's target"
     if target == "gzip" and data.format.tokenizer == "bytes":
-        sizes = compressed_nats_per_byte(data.val)
+        validated = config.data.val_tokens or config.data.val_tokens_at_most
+        sizes = compressed_nats_per_byte(data.val, validated and validated + 1)
         target, what = sizes["gzip"], f"gzip -9 on the same bytes (bz2 -9: {sizes['bz2']:.4f})"
     if isinstance(target, float):
         verdict = "reached" if log.val_loss <= target else "not reached"

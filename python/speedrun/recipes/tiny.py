@@ -63,7 +63,13 @@ def config() -> Config:
             momentum_warmup_steps=50,
             momentum_cooldown_steps=20,
         ),
-        data=DataConfig(default="stdlib", repeat=True, val_tokens=None, val_tokens_per_part=8192),
+        data=DataConfig(
+            default="stdlib",
+            repeat=True,
+            val_tokens=None,
+            val_tokens_at_most=120_000,  # of a book, or shards: 2 s; Tiny Shakespeare's 10 % fit
+            val_tokens_per_part=8192,
+        ),
         target_loss="gzip",
         micro_batch_parts=4,
     )
