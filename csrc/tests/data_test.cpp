@@ -15,18 +15,10 @@
 
 #include "data/bigram.h"
 #include "data/loader.h"
+#include "tests/check.h"
 
 namespace speedrun {
 namespace {
-
-// An assert that NDEBUG keeps.
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                \
-    }                                                                              \
-  } while (false)
 
 constexpr int32_t kBos = 256;
 const DataFormat kBytes = {"bytes", 257, kBos};

@@ -6,17 +6,10 @@
 #include <limits>
 #include <set>
 
+#include "tests/check.h"
+
 namespace speedrun {
 namespace {
-
-// An assert that NDEBUG keeps.
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                \
-    }                                                                              \
-  } while (false)
 
 void test_ceil_div() {
   constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
