@@ -1,9 +1,8 @@
 """Builds speedrun's two compiled modules with CMake and Ninja; the metadata is in pyproject.toml.
 
-_host, the data loader, wherever a C++20 compiler and Python.h are; without them one warning.
-_C, the CUDA kernels, by the variable SPEEDRUN_CUDA: 1 always, 0 never, auto (the default) where
-nvcc is and a GPU is visible. MAX_JOBS sets the number of parallel jobs (default: by cores and free
-memory). build/<python tag>[-cuda]/ is reused by the next build; its build.log keeps the output.
+_host, the data loader, wherever a C++20 compiler and Python.h are (else one warning). _C, the CUDA
+kernels, by SPEEDRUN_CUDA: 1 always, 0 never, auto (default) where nvcc is and a GPU is visible.
+MAX_JOBS: parallel jobs. build/<python tag>[-cuda]/ is kept for the next build, with a build.log.
 """
 
 import importlib.util
@@ -122,16 +121,17 @@ def run_cmake(compiler, cuda, *targets, **more):
 
 class CMakeBuild(build_ext):
     def build_extensions(self):
-        compiler = find_compiler()
-        problem = missing_tool(compiler)
-        no_torch = len(self.extensions) > 1 and not importlib.util.find_spec("torch")
-        if os.environ.get("SPEEDRUN_CUDA") == "1" and (problem or no_torch):
-            sys.exit(f"SPEEDRUN_CUDA=1, but {problem or 'torch is not installed'}")
+        problem = missing_tool(compiler := find_compiler())
+        modules = ["torch", "cutlass_library"] * (len(self.extensions) > 1)
+        absent = [name for name in modules if not importlib.util.find_spec(name)]
+        lack = f"there is no {' and no '.join(absent)}: pip install {' '.join(CUDA_REQUIRES)}"
+        if os.environ.get("SPEEDRUN_CUDA") == "1" and (problem or absent):
+            sys.exit(f"SPEEDRUN_CUDA=1, but {problem or lack}")
         if problem:
             print(f"warning: built without the C++ data loader: {problem}", file=sys.stderr)
             self.extensions = []
-        elif no_torch:
-            print("warning: built without CUDA kernels: torch is not installed", file=sys.stderr)
+        elif absent:
+            print(f"warning: built without CUDA kernels: {lack}", file=sys.stderr)
             self.extensions.pop()
         for stale in Path(self.build_lib, "speedrun").glob("_[Ch]*.so"):
             stale.unlink()  # from a build with other choices: it would get into the wheel
