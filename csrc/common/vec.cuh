@@ -64,6 +64,15 @@ HOST_DEVICE inline T from_float(float x) {
   }
 }
 
+// Whether each row starts at a multiple of 16 bytes and ends at one.
+inline bool is_aligned(const void* pointer, int64_t length, int64_t row_stride,
+                       int64_t batch_stride, int64_t element_bytes) {
+  const int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)) |
+                       (length * element_bytes) | (row_stride * element_bytes) |
+                       (batch_stride * element_bytes);
+  return bits % 16 == 0;
+}
+
 // Start of row `row`. Counting an aligned row's bytes in vectors lets the compiler see the
 // alignment; otherwise it makes four 4-byte stores of one.
 template <bool kAligned, typename T>
@@ -103,6 +112,40 @@ HOST_DEVICE inline void store_vec(T* target, const Vec<T>& vec, int64_t count) {
       if (i < count) target[i] = vec.get(i);
     }
   }
+}
+
+// Bytes of (b, a) picked by the four hexadecimal digits of `selector`; a holds bytes 0 to 3.
+HOST_DEVICE inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(a, b, selector);
+#else  // for the host test
+  const uint64_t bytes = (uint64_t{b} << 32) | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= ((bytes >> (8 * ((selector >> (4 * i)) & 7))) & 0xff) << (8 * i);
+  }
+  return result;
+#endif
+}
+
+// Transposes the square of elements in 1, 2 or 4 words (1, 2 or 4 elements a word), in place.
+HOST_DEVICE inline void transpose_words(uint32_t (&)[1]) {}
+
+HOST_DEVICE inline void transpose_words(uint32_t (&w)[2]) {
+  const uint32_t first = byte_perm(w[0], w[1], 0x5410);
+  w[1] = byte_perm(w[0], w[1], 0x7632);
+  w[0] = first;
+}
+
+HOST_DEVICE inline void transpose_words(uint32_t (&w)[4]) {
+  const uint32_t top_low = byte_perm(w[0], w[1], 0x5140);
+  const uint32_t top_high = byte_perm(w[0], w[1], 0x7362);
+  const uint32_t bottom_low = byte_perm(w[2], w[3], 0x5140);
+  const uint32_t bottom_high = byte_perm(w[2], w[3], 0x7362);
+  w[0] = byte_perm(top_low, bottom_low, 0x5410);
+  w[1] = byte_perm(top_low, bottom_low, 0x7632);
+  w[2] = byte_perm(top_high, bottom_high, 0x5410);
+  w[3] = byte_perm(top_high, bottom_high, 0x7632);
 }
 
 }  // namespace speedrun
