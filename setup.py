@@ -124,7 +124,7 @@ class CMakeBuild(build_ext):
         problem = missing_tool(compiler := find_compiler())
         modules = ["torch", "cutlass_library"] * (len(self.extensions) > 1)
         absent = [name for name in modules if not importlib.util.find_spec(name)]
-        lack = f"there is no {' and no '.join(absent)}: pip install {' '.join(CUDA_REQUIRES)}"
+        lack = f"no {' and no '.join(absent)} here: pip install {shlex.join(CUDA_REQUIRES)}"
         if os.environ.get("SPEEDRUN_CUDA") == "1" and (problem or absent):
             sys.exit(f"SPEEDRUN_CUDA=1, but {problem or lack}")
         if problem:

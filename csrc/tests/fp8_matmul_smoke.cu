@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/fp8_matmul.h"
-#include "smoke.h"
+#include "tests/smoke.h"
 
 namespace speedrun {
 namespace {

@@ -1,21 +1,12 @@
 // Tile choice of the FP8 GEMMs at the record's shapes (KERNELS 0.2), on 132 SMs, and at its edges.
 #include <cstdio>
-#include <cstdlib>
 #include <utility>
 
 #include "kernels/fp8_matmul_tiles.h"
+#include "tests/check.h"
 
 namespace speedrun {
 namespace {
-
-// An assert that NDEBUG keeps.
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition)) {                                                            \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                \
-    }                                                                              \
-  } while (false)
 
 using enum DType;
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kernels/relu2_mlp.h"
-#include "smoke.h"
+#include "tests/smoke.h"
 
 namespace speedrun {
 namespace {
