@@ -14,8 +14,9 @@ using RowScaled = sm90::Apply<
     Fp8Scaled<float>>;
 
 template <class Row, class Out>
-typename RowScaled<Row, Out>::Arguments row_scaled(const Fp8MatmulParams& p) {
-  return {{p.row_scale, 1.f, {}}, fp8_scaled<float>(p.in), {}};
+auto row_scaled(const Fp8MatmulParams& p) {
+  using Arguments = typename RowScaled<Row, Out>::Arguments;
+  return Arguments{{p.row_scale, 1.f, {}}, fp8_scaled<float>(p.in), {}};
 }
 
 template <Fp8KernelId kId>
