@@ -108,3 +108,35 @@ FP8_MATMUL_FULL = tuple(
     for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
     for case in _training_matmuls(stage, tokens)
 )
+
+
+# For every type, on every backend.
+FP8_QUANTIZE_SMALL = (
+    _small("one_tile", (128, 128), "a tile, aligned"),
+    _small("edges", (160, 272), "aligned, and tiles are cut on both sides"),
+    _small("norm_steps", (48, 528), "a norm takes its rows in several steps, the last one short"),
+    _small("out_unaligned", (16, 40), "rows of 2- and 4-byte types are aligned, of fp8 not"),
+    _small("odd", (33, 65), "no row is aligned"),
+    _small("one_row", (1, 130), "a vector"),
+    _small("one_col", (130, 1), "the same from the other side"),
+    _small("one", (1, 1), "the smallest"),
+    _small("batch", (3, 40, 24), "batches, with a stride that is no power of two"),
+    _small("empty", (0, 5), "no rows"),
+    _small("empty_cols", (5, 0), "no columns"),
+    _small("empty_batch", (0, 4, 4), "no matrices"),
+)
+
+# What training casts (RECIPE section 3): width 768, MLP 3072, 16,384 to 49,152 tokens.
+FP8_QUANTIZE_FULL = (
+    *(
+        Case(f"{kind}_{stage}", (tokens, width), torch.bfloat16, why)
+        for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+        for kind, width, why in (
+            ("x", 768, "input of the MLP and of the head"),
+            ("norm", 768, "the same, from the residual stream: RMS norm and cast in one"),
+            ("post", 3072, "the MLP's activations, both layouts"),
+        )
+    ),
+    Case("head", (768, 50304), torch.bfloat16, "the head's weight, both layouts"),
+    Case("refresh", (24, 3072, 768), torch.bfloat16, "all MLP weights after an optimizer step"),
+)

@@ -7,14 +7,26 @@ from speedrun.ops.fp8_matmul import (
     fp8_matmul_drelu2,
     fp8_matmul_relu2,
 )
+from speedrun.ops.fp8_quantize import (
+    delayed_scale,
+    fp8_quantize,
+    fp8_quantize_current,
+    refresh_mlp_weights,
+    rms_norm_fp8_quantize,
+)
 from speedrun.ops.transpose import transpose, transpose_add_
 
 __all__ = [
     "backends_used",
+    "delayed_scale",
     "fp8_matmul",
     "fp8_matmul_add_",
     "fp8_matmul_drelu2",
     "fp8_matmul_relu2",
+    "fp8_quantize",
+    "fp8_quantize_current",
+    "refresh_mlp_weights",
+    "rms_norm_fp8_quantize",
     "transpose",
     "transpose_add_",
     "use_backend",

@@ -364,3 +364,32 @@ def fp8_refresh_out(
             **TILES,
             num_warps=NUM_WARPS,
         )
+
+
+def static_variants():
+    """What benchmarks/static_check.py compiles: all that training launches (README: format)."""
+    sizes = dict.fromkeys(("rows", "cols", "x_row_stride"), "i32:16") | {"x_batch_stride": "i64:16"}
+    outputs = {"scale_ptr": "*fp32:16", "out_ptr": "*u8:16", "out_t_ptr": "*u8:16"}
+    amax = {"amax_ptr": "*i32:16"}
+    warps = {"num_warps": NUM_WARPS}
+    for dtype in ("fp16", "bf16", "fp32"):
+        x = {"x_ptr": f"*{dtype}:16"}
+        for mantissa, fp8 in ((3, "e4m3"), (2, "e5m2")):
+            constexprs = {"MANTISSA": mantissa, "HARDWARE": True, **TILES}
+            signature = {**x, **outputs, **amax, **sizes}
+            yield f"{dtype} to {fp8}", fp8_quantize_kernel, signature, constexprs, warps
+        signature = {**x, **outputs, **sizes, "y_ptr": "*bf16:16"}
+        signature |= {"inverse_cols": "fp32", "eps": "fp32"}
+        del signature["cols"]
+        constexprs = {"cols": 768, "HARDWARE": True, **NORM_TILES}
+        options = {**warps, "enable_fp_fusion": False}
+        yield f"norm of {dtype}", rms_norm_fp8_quantize_kernel, signature, constexprs, options
+    copies = dict.fromkeys(("up_ptr", "up_t_ptr", "down_ptr", "down_t_ptr"), "*u8:16")
+    factors = dict.fromkeys(("min_amax", "own_factor", "old_factor"), "fp32")
+    signature = {"bank_ptr": "*bf16:16", "down_amax_ptr": "*fp32:16", "scales_ptr": "*fp32:16"}
+    signature |= {"progress_ptr": "*i32:16", "num_matrices": "i32", **amax, **copies, **factors}
+    signature |= {"rows": "i32:16", "cols": "i32:16"}
+    for headroom in (False, True):
+        constexprs = {"HEADROOM": headroom, "LOOKAHEAD": LOOKAHEAD, "HARDWARE": True, **TILES}
+        name = "refresh with headroom" if headroom else "refresh"
+        yield name, fp8_refresh_kernel, signature, constexprs, warps
