@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, lines and verdicts; what they do on a machine without a GPU."""
+"""The benchmarks' arithmetic, checks and lines; what static_check reads; without a GPU."""
 
 import json
 import math
@@ -13,7 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the checkout, it is not installed
 
-from benchmarks import bench, hardware_check, report  # noqa: E402
+from benchmarks import bench, peers, report, run, static_check  # noqa: E402
+from speedrun.ops._dispatch import Unavailable  # noqa: E402
+
+CPU = torch.device("cpu")
 
 
 def run_module(*arguments):
@@ -36,14 +39,132 @@ def test_interleaved_keeps_every_sample():
     assert [len(t.samples_us) for t in timings.values()] == [4, 4]
 
 
-def test_a_row_has_rate_roof_and_speedup():
-    half, whole = bench.Timing((500.0,)), bench.Timing((1000.0,))
-    row = report.Row("s", "c", "cuda", "cold/graph", half, whole, 10**9, roof_per_s=4e12)
-    assert row.cells()[4:] == ("500.0", "2000.0 GB/s", "50 %", "2.00", "0.0")
-    row = report.Row("s", "c", "cuda", "cold/graph", half, whole, 1, num_flops=10**12)
+def test_what_a_graph_cannot_capture_is_left_out(monkeypatch, capsys):
+    def sampler(function, device, mode):
+        if function is print:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: 1.0
+
+    monkeypatch.setattr(bench, "_sampler", sampler)
+    functions = {"waits": print, "fine": lambda: None}
+    timings = bench.time_interleaved(functions, CPU, "cold/graph", repeats=2)
+    assert list(timings) == ["fine"]
+    assert "no cold/graph of waits: operation not permitted" in capsys.readouterr().err
+
+
+def test_roofs_are_measured():
+    found = bench.roofs(CPU)
+    assert set(found) == {"copy", "bf16", "fp8"} and found["copy"] > 1e7
+
+
+def test_a_row_has_rate_roof_and_ratios():
+    timing = bench.Timing((500.0,))
+    row = report.Row("s", "c", "cuda", "cold/graph", timing, 10**9, 0, 250.0, {"torch": 2.0})
+    assert row.cells()[4:] == ("500.0", "2000.0 GB/s", "50 %", "0.0", "2.00 torch")
+    row = report.Row("s", "c", "cuda", "cold/graph", timing, 1, num_flops=10**12)
     assert row.cells()[5:7] == ("2000.0 TFLOP/s", "-")
-    assert json.loads(json.dumps(row.as_json()))["roof_per_s"] is None
+    assert json.loads(json.dumps(row.as_json()))["roof_us"] is None
     assert " | " in report.table([row])
+
+
+def a_benchmark(call, check=lambda name, result: None, **fields):
+    return run.Benchmark("op", "case", call, check, num_bytes=fields.pop("num_bytes", 8), **fields)
+
+
+def test_the_roof_is_the_slower_of_bytes_and_products():
+    roofs = {"copy": 1e9, "bf16": 1e12, "fp8": 2e12}
+    products = {"bf16": 1e9, "fp8": 2e9}  # 1 ms each
+    assert a_benchmark(None, num_bytes=10**6).roof_us(roofs) == pytest.approx(1000)
+    assert a_benchmark(None, num_flops=products).roof_us(roofs) == pytest.approx(2000)
+    more = a_benchmark(None, num_bytes=5 * 10**6, num_flops=products)
+    assert more.roof_us(roofs) == pytest.approx(5000)
+    assert math.isnan(more.roof_us({**roofs, "fp8": math.nan}))
+
+
+def test_only_what_is_right_is_timed():
+    values = torch.zeros(3)
+
+    def check(name, result):
+        assert torch.equal(result, torch.ones(3)), "not ones"
+
+    def broken():
+        raise ValueError("peer broke\nsecond line")
+
+    def missing():
+        raise peers.Missing("not installed")
+
+    benchmark = a_benchmark(
+        lambda: values.add_(1),
+        check,
+        reset=lambda: values.zero_(),
+        peers={
+            "right": lambda: lambda: torch.ones(3),
+            "wrong": lambda: lambda: torch.zeros(3),
+            "unwritten": lambda: lambda: torch.empty(3),
+            "broken": broken,
+            "missing": missing,
+        },
+    )
+    functions, checks = run.functions_of(benchmark, ["torch"], CPU)
+    assert list(functions) == ["torch", "right"]
+    found = {check.name: (check.verdict, check.error) for check in checks}
+    assert found["torch"] == found["right"] == ("pass", "")
+    assert found["wrong"][0] == found["unwritten"][0] == "fail" and "not ones" in found["wrong"][1]
+    assert found["broken"] == ("fail", "ValueError: peer broke")
+    assert found["missing"] == ("skip", "not installed")
+    rows = run.measure(benchmark, functions, CPU, 2, {"copy": 1e9})
+    assert [row.name for row in rows] == ["torch", "right"]
+    assert rows[0].ratios["right"] == pytest.approx(1 / rows[1].ratios["torch"])
+
+
+def test_new_memory_is_full_of_nan_only_while_checked():
+    with run._memory_full_of_nan():
+        assert torch.empty(4).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_backend_that_cannot_serve_is_left_out():
+    from speedrun import ops
+
+    call = lambda: ops.transpose(torch.ones(2, 3))  # noqa: E731
+    functions, checks = run.functions_of(a_benchmark(call), ["cuda", "torch"], CPU)
+    assert list(functions) == ["torch"] and checks[0].verdict == "skip"
+    with pytest.raises(Unavailable), ops.use_backend("cuda"):
+        call()
+
+
+def test_the_report_names_what_was_left_out_and_what_was_wrong(tmp_path):
+    checks = [report.Check("op", f"case{i}", "quack", "skip", "not installed") for i in range(3)]
+    checks += [report.Check("op", "case0", "cuda", "fail", "AssertionError: 3 elements differ")]
+    result = report.Report({"gpu": "x"}, {"copy": 2e12, "fp8": math.nan}, checks)
+    text = result.text()
+    assert "left out: op quack: not installed (3 cases)" in text
+    assert "WRONG, not timed: op case0 cuda: AssertionError: 3 elements differ" in text
+    assert "roof copy: 2000.00 GB/s" in text
+    result.write(tmp_path / "r.json")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["roofs"] == {"copy": 2e12, "fp8": None} and len(content["checks"]) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_peers_that_are_not_there_say_so(tmp_path):
+    for make, reason in (
+        (lambda: peers.package("no_such_package"), "no_such_package is not installed"),
+        (lambda: peers.modded_nanogpt("XXT"), "no folder named by --modded-nanogpt"),
+        (lambda: peers.scaled_mm(*[torch.ones(2, 2)] * 4), "compute capability 8.9"),
+    ):
+        with pytest.raises(peers.Missing, match=reason):
+            make()
+    (tmp_path / "triton_kernels.py").write_text("def XXT():\n    return 5\n")
+    assert peers._modded_nanogpt_module(tmp_path).XXT() == 5
+    with pytest.raises(peers.Missing, match="there is no"):
+        peers._modded_nanogpt_module(tmp_path / "none")
+    peers.configure(enabled=False)
+    try:
+        with pytest.raises(peers.Missing, match="--no-peers"):
+            peers.inductor(torch.neg, torch.ones(2))
+    finally:
+        peers.configure()
 
 
 def test_unknown_gpus_have_no_peaks():
@@ -57,48 +178,134 @@ def test_unknown_gpus_have_no_peaks():
         assert math.isnan(ratio) or abs(ratio - 2) < 0.03  # dense against dense
 
 
-def test_verdicts_are_given_and_withdrawn(tmp_path):
-    path = tmp_path / "verdicts.json"
-    path.write_text(json.dumps({"about": ["kept"], "verdicts": {"transpose": []}}))
-
-    def update(capability, *passed, backend="cuda"):
-        row = {"stem": "transpose", "backend": backend}
-        where = {"capability": capability, "commit": "c", "gpu": "g", "date": "d"}
-        rows = [{**row, "passed": result} for result in passed]
-        hardware_check.update_verdicts(path, rows, where)
-        content = json.loads(path.read_text())
-        assert content["about"] == ["kept"]
-        return [entry["capability"] for entry in content["verdicts"]["transpose"]]
-
-    assert update("9.0", True, True) == ["9.0"]
-    assert update("8.0", True) == ["8.0", "9.0"]
-    assert update("9.0", True, False) == ["8.0"]
-    assert update("9.0", True, backend="triton") == ["8.0"]
+PTXAS = """
+ptxas info    : Compiling entry function 'one' for 'sm_90a'
+ptxas info    : Function properties for one
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function 'two' for 'sm_90a'
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in function 'one'
+ptxas warning : setmaxnreg ignored to maintain minimum register requirement. (C7508)
+ptxas info    : Compiling entry function 'two' for 'sm_80'
+    8 bytes stack frame, 400 bytes spill stores, 0 bytes spill loads
+"""  # noqa: E501
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_hardware_check_without_a_gpu():
-    run = run_module("benchmarks.hardware_check")
-    assert run.returncode == 2 and len(run.stdout.splitlines()) == 1
-    assert "needs a GPU" in run.stdout
+def test_what_ptxas_says_is_read():
+    kernels = {
+        ("sm_90a", name): static_check.Kernel("transpose", "cuda", "sm_90a", name)
+        for name in ("one", "two")
+    }
+    static_check.read_log(kernels, PTXAS)
+    one, two = kernels.values()
+    assert (one.spill_bytes, one.ruin) == (0, ["C7510"])
+    assert (two.spill_bytes, two.ruin) == (16, ["C7508"])
+    assert one.problems() == ["C7510: wgmma serialised"]
+    assert two.problems() == ["C7508: setmaxnreg ignored", "spills 16 bytes, 0 LDL/STL"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_static_check_without_a_library(tmp_path):
-    run = run_module("benchmarks.static_check", tmp_path / "none.so")
-    assert run.returncode == 2 and "SPEEDRUN_CUDA=1" in run.stderr
+def test_missing_instructions_are_found():
+    kernel = static_check.Kernel("fp8_matmul", "cuda", "sm_90a", "gemm")
+    kernel.counts |= {"QGMMA": 4, "UTMALDG": 2}
+    assert kernel.problems() == ["has no UTMASTG or UTMAREDG"]
+    kernel.counts["UTMAREDG"] = 1
+    assert kernel.problems() == []
+    kernel.counts["LDL/STL"] = 3
+    assert kernel.problems() == ["spills 0 bytes, 3 LDL/STL"]
+
+
+def test_cutlass_kernels_are_named_by_their_types():
+    kernel = static_check.Kernel("fp8_matmul", "cuda", "sm_90a", "mangled")
+    name = (
+        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int>, "
+        "cutlass::gemm::collective::CollectiveMma<cutlass::gemm::"
+        "MainloopSm90TmaGmmaWarpSpecializedFP8<4, cute::tuple<cute::C<2>, cute::C<1>, cute::C<1> >,"
+        " cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum>, cute::tuple<cute::C<128>"
+        ", cute::C<256>, cute::C<128> >, cutlass::float_e4m3_t, long, cutlass::float_e5m2_t>>>()"
+    )
+    static_check.describe(kernel, name)
+    assert (kernel.tile, kernel.stages) == ("128x256x128 /2x1", 4)
+    assert kernel.name == "gemm e4m3·e5m2 cooperative fastaccum"
+
+
+@pytest.mark.parametrize(
+    ("files", "stems"),
+    [
+        (["csrc/kernels/fp8_matmul_relu2.cu"], ["fp8_matmul"]),
+        (["csrc/kernels/transpose.h", "README.md"], ["transpose"]),
+        (["python/speedrun/triton_kernels/relu2_mlp.py"], ["relu2_mlp"]),
+        (["pyext/ops/transpose.cpp"], ["transpose"]),
+        (["tests/ops/test_transpose.py", "python/speedrun/ops/transpose.py"], []),
+        (["csrc/common/sm90.cuh"], ["fp8_matmul", "relu2_mlp", "transpose"]),
+        (["python/speedrun/triton_kernels/_fp8.py"], ["fp8_matmul", "relu2_mlp", "transpose"]),
+        (["CMakeLists.txt"], ["fp8_matmul", "relu2_mlp", "transpose"]),
+        (None, ["fp8_matmul", "relu2_mlp", "transpose"]),
+        ([], []),
+    ],
+)
+def test_which_stems_a_change_touches(files, stems):
+    assert static_check.stems_of(files, ["fp8_matmul", "relu2_mlp", "transpose"]) == stems
+
+
+def test_changes_are_since_the_last_commit_on_main(tmp_path):
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def commit(name):
+        (tmp_path / name).write_text("x")
+        git("add", name)
+        git("commit", "-m", name)
+
+    assert static_check.changed_files(tmp_path) is None
+    git("init", "-b", "main")
+    commit("first")
+    commit("second")
+    assert static_check.changed_files(tmp_path) == ["second"]
+    (tmp_path / "new").write_text("x")
+    assert static_check.changed_files(tmp_path) == ["second", "new"]
+    git("checkout", "-b", "work")
+    commit("third")
+    commit("fourth")
+    assert static_check.changed_files(tmp_path) == ["fourth", "third", "new"]
+    git("update-ref", "refs/remotes/origin/main", "HEAD~1")
+    assert static_check.changed_files(tmp_path) == ["fourth", "new"]
+
+
+def test_tables_between_comments_are_replaced():
+    text = "a\n<!-- t -->\nold\n<!-- /t -->\nb"
+    assert report.replace_between(text, "t", "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="no lines <!-- t -->"):
+        report.replace_between("a", "t", "new")
+
+
+def test_triton_kernels_compile_for_hopper():
+    """All variants of all stems that have any, in the process that has no interpreter."""
+    pytest.importorskip("triton")
+    cuobjdump = static_check.find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump")
+    kernels = static_check.check_triton(["transpose"], cuobjdump)
+    assert len(kernels) == 6 and not any(kernel.problems() for kernel in kernels)
+    assert all(kernel.registers and kernel.instructions for kernel in kernels)
 
 
 def test_unknown_stems_are_refused():
-    run = run_module("benchmarks.run", "transpoze")
-    assert run.returncode == 2 and "there are transpose" in run.stderr.replace("\n", " ")
+    for command in (
+        ["benchmarks.run", "--op", "transpoze"],
+        ["benchmarks.static_check", "transpoze"],
+    ):
+        done = run_module(*command)
+        assert done.returncode == 2 and "transpose" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_run_on_this_machine(tmp_path):
-    run = run_module("benchmarks.run", "transpose", "--repeats", 2, "--json", tmp_path / "r.json")
-    assert run.returncode == 0, run.stderr
-    assert "transpose  tied_head  torch" in run.stdout
+    done = run_module(
+        "benchmarks.run", "--op", "transpose", "--repeats", 2, "--json", tmp_path / "r.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "transpose  tied_head  torch" in done.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["environment"]["torch"] == torch.__version__
     assert all(len(row["timing"]["samples"]) == 2 for row in content["rows"])
