@@ -1,6 +1,7 @@
 """The build: CMake's targets, what the CUDA compiler says, what _C needs, and bare machines.
 
-The build folder is build/test-<python tag> and is kept, so only the first run compiles everything.
+The build folder is that of pip and of benchmarks/static_check.py, and is kept: only the first run
+compiles everything.
 """
 
 import importlib.util
@@ -18,14 +19,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_setup():
-    spec = importlib.util.spec_from_file_location("speedrun_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the checkout, it is not installed
 
+from benchmarks import static_check  # noqa: E402
 
-setup = load_setup()
+setup = static_check.load_script(ROOT / "setup.py")
 NVCC = setup.find_nvcc()
 needs_nvcc = pytest.mark.skipif(not NVCC, reason="needs nvcc, which is not on this machine")
 
@@ -36,43 +34,14 @@ def build() -> Path:
     missing = setup.missing_tool(setup.find_compiler())
     if missing:
         pytest.skip(f"can't build: {missing}")
-    folder = ROOT / "build" / f"test-{sys.implementation.cache_tag}"
-    folder.mkdir(parents=True, exist_ok=True)
-    ninja = setup.find_tool("ninja", "BIN_DIR")
-    options = {
-        "CMAKE_MAKE_PROGRAM": ninja,
-        "SPEEDRUN_PYTHON": sys.executable,
-        "SPEEDRUN_TESTS": "ON",
-        "SPEEDRUN_CUDA": "ON" if NVCC else "OFF",
-        "CMAKE_CUDA_COMPILER": NVCC or "",
-        "SPEEDRUN_LAUNCHER": shutil.which("ccache") or "",
-    }
-    cmake = setup.find_tool("cmake", "CMAKE_BIN_DIR")
-    configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", "--no-warn-unused-cli"]
-    configure += [f"-D{key}={value}" for key, value in options.items()]
-    with (folder / "build.log").open("a") as log:
-        for command in (configure, [ninja, "-C", folder, "-j", str(setup.num_jobs())]):
-            run = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            log.write(run.stdout)
-            assert run.returncode == 0, run.stdout[-4000:]
-    return folder
+    return static_check.build()
 
 
-def compiler_output(folder: Path) -> dict[str, str]:
-    """Object file -> what its compiler printed when it was last built."""
+def compiler_output(folder: Path) -> dict[str, str | None]:
+    """Object -> what its compiler printed when it was last built, of all objects there are."""
     commands = json.loads((folder / "compile_commands.json").read_text())
-    wanted = {os.path.relpath(command["output"], folder) if os.path.isabs(command["output"])
-              else command["output"] for command in commands}  # fmt: skip
-    output: dict[str, str] = {}
-    current = None
-    for line in (folder / "build.log").read_text().splitlines():
-        if match := re.match(r"\[\d+/\d+\] (?:Building \w+ object (\S+))?", line):
-            current = match[1]
-            output[current] = ""
-        elif current:
-            output[current] += line + "\n"
+    wanted = {os.path.relpath(Path(folder, command["output"]), folder) for command in commands}
+    output = static_check.compiler_output(folder)
     return {name: output.get(name) for name in wanted}
 
 
@@ -98,24 +67,23 @@ def test_kernels_do_not_spill(build):
 
 
 @needs_nvcc
-def test_sass_moves_16_bytes_at_a_time(build, tmp_path):
-    report = tmp_path / "kernels.json"
-    command = [sys.executable, "-m", "benchmarks.static_check", build / "_C.abi3.so"]
-    run = subprocess.run([*command, "--json", report], cwd=ROOT, capture_output=True, text=True)
-    if run.returncode == 2 and "cuobjdump" in run.stderr:
-        pytest.skip(run.stderr.strip())
-    assert run.returncode == 0, run.stdout + run.stderr
-    kernels = [
-        k for k in json.loads(report.read_text()) if k["name"].startswith("transpose_kernel")
-    ]
-    assert {k["arch"] for k in kernels} == {"sm_80", "sm_89", "sm_90a"}
-    aligned = [k for k in kernels if ", true, true, " in k["name"]]
+def test_sass_moves_16_bytes_at_a_time(build):
+    cuobjdump = static_check.find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump")
+    objects = static_check.kernel_objects(build)
+    found = static_check.read_kernels(build / objects["csrc/kernels/transpose.cu"], cuobjdump)
+    names = static_check.demangled([name for _, name in found])
+    for (_, name), kernel in found.items():
+        static_check.describe(kernel, names[name])
+    assert {k.arch for k in found.values()} == {"sm_80", "sm_89", "sm_90a"}
+    aligned = [k for k in found.values() if ", true, true, " in k.name]
     assert len(aligned) == 3 * 6  # three architectures; three sizes moved, three types added
     for kernel in aligned:
-        counts = kernel["counts"]
+        counts = kernel.counts
         assert counts["ld128"] and counts["st128"] and counts["lds128"] and counts["sts128"]
-        narrow = {kind: counts[kind] for kind in ("ld", "st", "lds", "sts", "local")}
-        assert not any(narrow.values()), (kernel["name"], narrow)
+        narrow = {kind: counts[kind] for kind in ("ld", "st", "lds", "sts", "LDL/STL")}
+        assert not any(narrow.values()), (kernel.name, narrow)
 
 
 LOAD_C = """
@@ -146,6 +114,15 @@ def test_c_imports_and_registers(build, library_first):
 
 
 @needs_nvcc
+def test_c_knows_what_it_was_built_from(build):
+    code = LOAD_C + "load_library()\nprint(sys.modules['speedrun._C'].source_hashes)"
+    command = [sys.executable, "-c", code, build / "_C.abi3.so"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    hashes = static_check.load_script(ROOT / "pyext" / "source_hashes.py").source_hashes()
+    assert json.loads(run.stdout) == hashes and "transpose" in hashes, run.stderr
+
+
+@needs_nvcc
 def test_c_needs_only_stable_symbols(build):
     for tool in ("nm", "readelf"):
         if not shutil.which(tool):
@@ -156,7 +133,8 @@ def test_c_needs_only_stable_symbols(build):
     strong = [line.split()[-1] for line in lines if line.split()[-2] == "U"]
     weak = [line.split()[-1] for line in lines if line.split()[-2] in "wv"]
     stable = re.compile(
-        r"(aoti_torch|torch)_\w+$|\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_|PyModule_Create2$"
+        r"(aoti_torch|torch)_\w+$|\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_|"
+        r"PyModule_(Create2|AddStringConstant)$|_Py_Dealloc$"
     )
     assert [name for name in strong if not stable.match(name)] == []
     assert "aoti_torch_get_current_cuda_stream" in weak
