@@ -119,3 +119,22 @@ def deep_gemm_fp8(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:
         return out
 
     return call
+
+
+def quack_linear_relu2(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """quack: relu(x (T, D) times weight (F, D) transposed)² in one kernel, (T, F)."""
+    module = package("quack.gemm_interface")
+    _need(x.is_cuda, "quack needs a GPU")
+
+    def call() -> Tensor:
+        return module.gemm_act(x, weight.mT, activation="relu_sq", store_preact=False)[1]
+
+    return call
+
+
+def liger_linear_relu2(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """cuBLAS and Liger's relu² as two kernels; arguments as above."""
+    module = package("liger_kernel.transformers.functional")
+    _need(x.is_cuda, "Liger needs a GPU")
+    _need(hasattr(module, "liger_relu_squared"), "this liger_kernel has no liger_relu_squared")
+    return lambda: module.liger_relu_squared(x @ weight.t())
