@@ -18,6 +18,7 @@ from speedrun.triton_kernels._fp8 import interprets, round_to_bf16, round_to_fp8
 
 PLAIN, RELU2, DRELU2 = (tl.constexpr(i) for i in range(3))  # EPILOGUE
 BLOCK_K = 128  # also the length of K after which a precise sum is promoted to float32
+GROUP_M = 8  # rows of tiles whose programs run together
 
 
 @triton.jit
@@ -156,15 +157,20 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def choose_tile(m: int, n: int, fast: bool, fused: bool, capability: tuple[int, int]) -> Tile:
-    """The tile for a product of (m, n); `fused`: an epilogue with further inputs or outputs."""
+def choose_tile(
+    m: int, n: int, fast: bool, aligned: bool, transposed: bool, capability: tuple[int, int]
+) -> Tile:
+    """The tile for a product of (m, n); `aligned`: to 16 bytes, the rows of both operands;
+    `transposed`: whether the result is stored that way too."""
+    if not aligned:
+        return Tile(64, 64, 8, 2)  # loaded byte by byte: an address for each in a register
     if capability[0] not in (9, 10):
-        return Tile(64 if m <= 64 else 128, 128, 8, 2)  # 64 KB: these GPUs have 100 KB an SM
+        return Tile(64 if m <= 64 else 128, 128, 8, 3)  # 64 KB: these GPUs have 99 KB a program
     if m <= 64:
         return Tile(64, 128, 4, 4)  # few rows: the weights' bandwidth counts
-    if fast and not fused and n >= 256:
-        return Tile(128, 256, 8, 3)  # 128 registers of sums a thread, most products per byte
-    return Tile(128, 128, 8, 4)  # a precise sum, or what is fused, needs twice the registers
+    if fast and n >= 256 and not transposed:
+        return Tile(128, 256, 8, 4)  # 128 registers of sums a thread, most products per byte
+    return Tile(128, 128, 8, 4)  # precise sums, or a second layout, take twice the registers
 
 
 def choose_split(tiles: int, tiles_k: int, num_sms: int) -> int:
@@ -180,16 +186,24 @@ def choose_split(tiles: int, tiles_k: int, num_sms: int) -> int:
     return min(range(1, max(1, min(8, tiles_k // 16)) + 1), key=idle)
 
 
-def _operand(x: Tensor, block_rows: int):
-    """(..., rows, K) as a tensor descriptor of all rows, or None where it can't be one."""
-    matrices = x if x.dim() == 3 else x[None]
-    strides = matrices.stride()
-    flat = len(matrices) == 1 or strides[0] == matrices.shape[1] * strides[1]
-    aligned = x.data_ptr() % 16 == 0 and strides[1] % 16 == 0 and strides[2] == 1
-    rows = matrices.shape[0] * matrices.shape[1]
-    if not (flat and aligned and x.numel() and rows < 2**31 - 256):
-        return None
-    return TensorDescriptor(x, [rows, x.shape[-1]], [strides[1], 1], [block_rows, BLOCK_K])
+def _casts_at_once(capability: tuple[int, int]) -> bool:
+    """Whether a cast to FP8 rounds once: for sm_89, Triton 3.6 rounds to fp16 first."""
+    return capability >= (9, 0)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return all(step % 16 == 0 for step in (x.data_ptr(), *x.stride()[:-1]))
+
+
+def _is_one_matrix(x: Tensor) -> bool:
+    """Whether x, (rows, K) or (batch, rows, K), is one matrix of batch·rows rows."""
+    flat = x.dim() == 2 or len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return flat and x.stride(-1) == 1 and 0 < x.numel() < 2**31 * x.shape[-1]
+
+
+def _descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
+    rows = x.numel() // x.shape[-1]
+    return TensorDescriptor(x, [rows, x.shape[-1]], [x.stride(-2), 1], [block_rows, BLOCK_K])
 
 
 def _launch(
@@ -215,16 +229,16 @@ def _launch(
     on_gpu = a.device.type == "cuda"
     device = torch.cuda.get_device_properties(a.device) if on_gpu else None
     capability = (device.major, device.minor) if on_gpu else (9, 0)
-    tile = choose_tile(m, n, fast, epilogue.value != PLAIN.value, capability)
+    aligned = k % 16 == 0 and _is_aligned(a) and _is_aligned(b)
+    descriptors = aligned and _is_one_matrix(a) and _is_one_matrix(b) and capability[0] >= 9
+    tile = choose_tile(m, n, fast, aligned, out_t is not None, capability)
     num_tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     num_sms = device.multi_processor_count if on_gpu else 132
     split = choose_split(num_tiles, triton.cdiv(k, BLOCK_K), num_sms) if accumulate else 1
-    a_tma, b_tma = _operand(a, tile.block_m), _operand(b, tile.block_n)
-    descriptors = a_tma is not None and b_tma is not None
     with torch.cuda.device_of(a):  # a launch goes to the current device
         fp8_matmul_kernel[(num_tiles, a.shape[0] if a.dim() == 3 else 1, split)](
-            a_tma if descriptors else a,
-            b_tma if descriptors else b,
+            _descriptor(a, tile.block_m) if descriptors else a,
+            _descriptor(b, tile.block_n) if descriptors else b,
             scale_a,
             scale_b,
             row_scale,
@@ -246,11 +260,11 @@ def _launch(
             ACCUMULATE=accumulate,
             SPLIT_K=split,
             DESCRIPTORS=descriptors,
-            SOFTWARE=interprets(),
+            SOFTWARE=interprets() or not _casts_at_once(capability),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=BLOCK_K,
-            GROUP_M=8,
+            GROUP_M=GROUP_M,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -278,3 +292,59 @@ def fp8_matmul_drelu2_out(
     """`dpre` (M, N), `dpre_t` (N, M) from `post` (M, N); raises `amax` () to the largest |dpre|."""
     others = {"post": post, "post_scale": post_scale, "out_scale": out_scale}
     _launch(DRELU2, a, b, scale_a, scale_b, dpre, fast_accum, **others, out_t=dpre_t, amax=amax)
+
+
+def static_variants(capability: tuple[int, int] = (9, 0)):
+    """What benchmarks/static_check.py compiles: what training launches, and unaligned."""
+    e4m3, e5m2, many = "fp8e4nv", "fp8e5", (49152, 768)
+    scale, fp8_post = "*fp32:16", f"*{e4m3}:16"
+    relu2 = {"post_ptr": "*bf16:16", "out_scale_ptr": scale, "amax_ptr": "*i32:16"}
+    transposed = {"out_t_ptr": f"*{e4m3}:16"}
+    dpre = {"post_ptr": "*bf16:16"}
+    dpre_f8 = {**relu2, "post_ptr": fp8_post, "post_scale_ptr": scale, "out_t_ptr": f"*{e5m2}:16"}
+    # name, epilogue, (m, n), types of a, b and out, fast sums, parts of K, the other pointers
+    rows = (
+        ("store e4m3 fast", PLAIN, many, e4m3, e4m3, "bf16", True, 1, {}),
+        ("store e4m3", PLAIN, many, e4m3, e4m3, "bf16", False, 1, {}),
+        ("store e5m2", PLAIN, many, e5m2, e4m3, "bf16", False, 1, {}),
+        ("store fp8", PLAIN, many, e4m3, e4m3, e4m3, False, 1, {"out_scale_ptr": scale}),
+        ("store rows times", PLAIN, many, e4m3, e4m3, "bf16", True, 1, {"row_scale_ptr": scale}),
+        ("store few rows", PLAIN, (64, 768), e4m3, e4m3, "bf16", False, 1, {}),
+        ("store unaligned", PLAIN, many, e4m3, e4m3, "bf16", True, 1, {}),
+        ("add e5m2", PLAIN, (768, 50304), e5m2, e4m3, "fp32", False, 1, {}),
+        ("add e5m2 in parts", PLAIN, (3072, 768), e5m2, e4m3, "fp32", False, 4, {}),
+        ("relu2", RELU2, many, e4m3, e4m3, e4m3, True, 1, relu2),
+        ("relu2 both layouts", RELU2, many, e4m3, e4m3, e4m3, True, 1, {**relu2, **transposed}),
+        ("drelu2 bf16", DRELU2, many, e5m2, e4m3, "bf16", False, 1, dpre),
+        ("drelu2 fp8, both layouts", DRELU2, many, e5m2, e4m3, e5m2, False, 1, dpre_f8),
+    )
+    for name, epilogue, (m, n), a, b, out, fast, split, pointers in rows:
+        aligned = "unaligned" not in name
+        tma = aligned and capability[0] >= 9
+        multiple = ":16" if aligned else ""
+        tile = choose_tile(m, n, fast, aligned, "out_t_ptr" in pointers, capability)
+        sizes = ("M", "N", "K", "a_batch_stride", "a_row_stride", "b_batch_stride", "b_row_stride")
+        signature = {
+            "a": f"tensordesc<{a}[{tile.block_m}, {BLOCK_K}]>" if tma else f"*{a}{multiple}",
+            "b": f"tensordesc<{b}[{tile.block_n}, {BLOCK_K}]>" if tma else f"*{b}{multiple}",
+            "scale_a_ptr": scale,
+            "scale_b_ptr": scale,
+            "out_ptr": f"*{out}:16",
+            **dict.fromkeys(sizes, f"i32{multiple}"),
+            **pointers,
+        }
+        constexprs = {
+            "EPILOGUE": epilogue.value,
+            "FAST": fast,
+            "ACCUMULATE": name.startswith("add"),
+            "SPLIT_K": split,
+            "DESCRIPTORS": tma,
+            "SOFTWARE": not _casts_at_once(capability),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": BLOCK_K,
+            "GROUP_M": GROUP_M,
+        }
+        absent = [p.name for p in fp8_matmul_kernel.params if p.name not in signature | constexprs]
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield name, fp8_matmul_kernel, signature, {**constexprs, **dict.fromkeys(absent)}, options
