@@ -61,9 +61,9 @@ REQUIRED = (
     ("transpose", "triton", "", ("ld128", "st128")),
     ("fp8_quantize", "cuda", "", ("ld128",)),
     ("fp8_quantize", "triton", "", ("ld128",)),
-    ("fp8_matmul", "cuda", "gemm", ("QGMMA", "UTMALDG", "UTMASTG UTMAREDG")),
+    ("fp8_matmul", "cuda", "", ("QGMMA", "UTMALDG", "UTMASTG UTMAREDG")),
     ("fp8_matmul", "triton", "", ("QGMMA",)),
-    ("relu2_mlp", "cuda", "gemm", ("HGMMA", "UTMALDG", "UTMASTG")),
+    ("relu2_mlp", "cuda", "", ("HGMMA", "UTMALDG", "UTMASTG")),
     ("relu2_mlp", "triton", "", ("HGMMA QGMMA",)),
 )
 
@@ -313,24 +313,13 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 
 def describe(kernel: Kernel, name: str) -> None:
-    """A short name; of a CUTLASS kernel also tile and stages, which its types spell out."""
-    if "GemmUniversal<" not in name:
-        short = re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name)
-        kernel.name = re.sub(r"\(.*\)$", "", short)
-        return
-    loop = name[name.index("CollectiveMma<") :]
-    tuples = re.findall(
-        r"tuple<(?:cute::)?C<(\d+)>, (?:cute::)?C<(\d+)>, (?:cute::)?C<(\d+)>", loop
-    )
-    if match := re.search(r"MainloopSm90\w*<(?:\(int\))?(\d+)", loop):
-        kernel.stages = int(match[1])
-    if len(tuples) > 1:
-        cluster, tile = tuples[:2]
-        kernel.tile = "x".join(tile) + f" /{cluster[0]}x{cluster[1]}"
-    kinds = ("Cooperative", "Pingpong", "FastAccum", "StreamK")
-    operands = re.findall(r"float_(e\dm\d)|(bfloat16)_t", loop)
-    types = "·".join(e or "bf16" for e, _ in operands[:2])
-    kernel.name = " ".join(["gemm", types, *(k.lower() for k in kinds if k in name)])
+    """A short name; of a GEMM also tile, stages and shared memory, which csrc puts into its name:
+    stem_kernel<Name, tile rows, tile columns, stages, bytes>."""
+    short = re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name)
+    kernel.name = re.sub(r"\(.*\)$", "", short)
+    if match := re.search(r"<(\w+), (\d+), (\d+), (\d+), (\d+)>$", kernel.name):
+        kernel.name, kernel.tile = match[1], f"{match[2]}x{match[3]}"
+        kernel.stages, kernel.shared_bytes = int(match[4]), int(match[5])
 
 
 # ---- Triton ----------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_what_ptxas_says_is_read():
 
 
 def test_missing_instructions_are_found():
-    kernel = static_check.Kernel("fp8_matmul", "cuda", "sm_90a", "gemm")
+    kernel = static_check.Kernel("fp8_matmul", "cuda", "sm_90a", "StoreFast")
     kernel.counts |= {"QGMMA": 4, "UTMALDG": 2}
     assert kernel.problems() == ["has no UTMASTG or UTMAREDG"]
     kernel.counts["UTMAREDG"] = 1
@@ -214,18 +214,17 @@ def test_missing_instructions_are_found():
     assert kernel.problems() == ["spills 0 bytes, 3 LDL/STL"]
 
 
-def test_cutlass_kernels_are_named_by_their_types():
+def test_names_of_gemms_are_taken_apart():
     kernel = static_check.Kernel("fp8_matmul", "cuda", "sm_90a", "mangled")
-    name = (
-        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int, int>, "
-        "cutlass::gemm::collective::CollectiveMma<cutlass::gemm::"
-        "MainloopSm90TmaGmmaWarpSpecializedFP8<4, cute::tuple<cute::C<2>, cute::C<1>, cute::C<1> >,"
-        " cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum>, cute::tuple<cute::C<128>"
-        ", cute::C<256>, cute::C<128> >, cutlass::float_e4m3_t, long, cutlass::float_e5m2_t>>>()"
+    static_check.describe(
+        kernel,
+        "void speedrun::fp8_matmul_kernel<speedrun::(anonymous namespace)::AddE5m2, 128, 192, 5, "
+        "231424>(speedrun::(anonymous namespace)::AddE5m2::Kernel::Params)",
     )
-    static_check.describe(kernel, name)
-    assert (kernel.tile, kernel.stages) == ("128x256x128 /2x1", 4)
-    assert kernel.name == "gemm e4m3·e5m2 cooperative fastaccum"
+    assert (kernel.name, kernel.tile, kernel.stages) == ("AddE5m2", "128x192", 5)
+    assert kernel.shared_bytes == 231424
+    static_check.describe(kernel, "void speedrun::transpose_kernel<int, true>(Params)")
+    assert kernel.name == "transpose_kernel<int, true>"
 
 
 @pytest.mark.parametrize(
