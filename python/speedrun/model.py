@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from speedrun.config import LayerSpec, MLPConfig, ModelConfig
 from speedrun.ops.attention import AttentionPlan, attention, plan_attention
-from speedrun.ops.fp8_quantize import MlpWeights, refresh_mlp_weights
+from speedrun.ops.fp8_quantize import MlpWeights, delayed_scale, refresh_mlp_weights
 from speedrun.ops.qk_norm_rope import NORM_EPS, qk_norm_rope, rotary_frequencies, rotary_table
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
 from speedrun.ops.softcap_ce import NO_TARGET, softcap_ce
@@ -64,9 +63,9 @@ class Fp8MLPState(nn.Module):
     """FP8 weights and scales of every layer's MLP: RECIPE section 3, "FP8".
 
     Buffers hold what one step leaves to the next; the weights' copies come from the parameters. It
-    belongs to one rank: its micro-batches set `post_scale_L` one after the other. So the scales of
-    post, and no other number of the model, depend on the number of ranks and on the grouping of
-    parts into micro-batches.
+    belongs to one rank, whose micro-batches set `post_scale_L` in turn: so the scales of post, and
+    those of the MLP's input, depend on the number of ranks and on the grouping of parts into
+    micro-batches. Nothing else in the model does.
     """
 
     def __init__(self, num_layers: int, config: MLPConfig) -> None:
@@ -86,13 +85,19 @@ class Fp8MLPState(nn.Module):
         self.weights = refresh_mlp_weights(mlp_bank, self.down_amax_L, not own_amax, **copies)
         self.down_amax_L.copy_(self.weights.down_amax)
 
-    def layers(self) -> Iterable[Fp8Layer]:
-        """What `relu2_mlp` takes, layer by layer."""
+    def layers(self) -> list[Fp8Layer]:
+        """What `relu2_mlp` takes, layer by layer, in one forward pass."""
         w = self.weights
         banks = (w.up_f8, w.up_f8_t, w.up_scale, w.down_f8, w.down_f8_t, w.down_scale)
-        for layer, post_scale in enumerate(self.post_scale_L.split(1)):
-            tensors = (None if bank is None else bank[layer] for bank in banks)
-            yield Fp8Layer(self.gemms, *tensors, post_scale.view(()))
+        banks += (self.post_scale_L,)
+        return [
+            Fp8Layer(self.gemms, *(None if bank is None else bank[i] for bank in banks))
+            for i in range(len(self.post_scale_L))
+        ]
+
+    def update(self, layers: list[Fp8Layer]) -> None:
+        """After a forward pass: the scales of the next one. New tensors, as `Fp8Layer` says."""
+        self.post_scale_L = delayed_scale(torch.stack([layer.post_amax for layer in layers]))
 
 
 class GPT(nn.Module):
@@ -182,13 +187,15 @@ class GPT(nn.Module):
             x_PTD = self.add_bigram(x_PTD, batch)
         qk, vo = iter(self.qk_bank.split(self.config.num_heads)), iter(self.vo_bank.split(2))
         mlp = iter(self.mlp_bank.split(2))
-        use_fp8 = training and self.fp8_mlp is not None
-        fp8 = iter(self.fp8_mlp.layers() if use_fp8 else itertools.repeat(None))
+        fp8_layers = self.fp8_mlp.layers() if training and self.fp8_mlp is not None else []
+        fp8 = itertools.chain(fp8_layers, itertools.repeat(None))
         for spec in self.config.layers:
             if spec.attention is not None:
                 x_PTD = x_PTD + self.attend(spec, norm(x_PTD), next(qk), next(vo), windows, rotary)
             up_FD, down_FD = next(mlp)
             x_PTD = x_PTD + relu2_mlp(norm(x_PTD), up_FD, down_FD, next(fp8))
+        if fp8_layers:
+            self.fp8_mlp.update(fp8_layers)
         return norm(x_PTD).flatten(0, 1)
 
     def add_bigram(self, x_PTD: Tensor, batch: MicroBatch) -> Tensor:

@@ -6,7 +6,7 @@ which parameter gets what, when, and in which order gradients are reduced. RECIP
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,8 @@ class Optimizer:
     """Every parameter of a model with the row of the table that names it.
 
     Raises ConfigError when a parameter has no row, or two. A row without a parameter is fine: a
-    table serves models with a technique switched off. `buffers`: what else a step changes in the
-    model, for snapshots only.
+    table serves models with a technique switched off. `buffers`: gives what
+    else a step changes in the model, for snapshots only.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimConfig,
         comms: Comms,
-        buffers: Iterable[Tensor] = (),
+        buffers: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
-        self.config, self.comms, self.buffers = config, comms, list(buffers)
+        self.config, self.comms, self.buffers = config, comms, buffers
         names = [row.name for row in (*config.muon_table, *config.adam_table)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -153,4 +153,4 @@ class Optimizer:
 
     def _tensors(self) -> list[Tensor]:
         state = [t for item in [*self.banks, *self.adams] for t in item.tensors()]
-        return state + self.buffers
+        return [*state, *self.buffers()]

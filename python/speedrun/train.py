@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     log = start_log(args, config, data, run)
 
     model = build_model(config, run, args.seed)
-    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.buffers())
+    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.buffers)
     warm_up(model, optimizer, schedule, config, data, run)
     losses = LossQueue()
     clock = Clock(run.device)

@@ -14,6 +14,7 @@ become coarser only 2^20 below the largest.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from speedrun.ops._relu2_mlp_kernels import backend_of, drelu2, relu2_up
 from speedrun.ops.fp8_matmul import fp8_matmul, fp8_matmul_drelu2, fp8_matmul_relu2
-from speedrun.ops.fp8_quantize import delayed_scale, fp8_quantize
+from speedrun.ops.fp8_quantize import fp8_quantize
 from speedrun.reference import relu2_mlp as reference
 from speedrun.reference._fp8 import FP8_MAX
 from speedrun.reference.fp8_quantize import MIN_AMAX, max_abs
@@ -42,20 +43,25 @@ class Gemms(NamedTuple):
     x_scale: str = "current"  # or "static": for h that is RMS-normed
 
 
-class Fp8Layer(NamedTuple):
+@dataclass
+class Fp8Layer:
     """One layer's weights in e4m3 and its scales, float32 tensors (). See `refresh_mlp_weights`."""
 
     gemms: Gemms
-    up_f8_FD: Tensor | None
+    up_f8_FD: Tensor
     up_f8_DF: Tensor | None  # None unless dx is fp8
-    up_scale: Tensor | None
+    up_scale: Tensor
     down_f8_FD: Tensor | None  # None unless dpre is fp8
-    down_f8_DF: Tensor | None
-    down_scale: Tensor | None
-    post_scale: Tensor | None  # 1 at the start; `relu2_mlp` writes the next forward pass's into it
+    down_f8_DF: Tensor
+    down_scale: Tensor
+    post_scale: Tensor  # `delayed_scale` of the post_amax of the forward pass before; 1 at first
+    # Set by `relu2_mlp`: the largest post () of its forward pass, before the clamp. It is not
+    # written into a tensor, since the backward pass wants the old scale, and compiled code would
+    # compute it again from what was overwritten.
+    post_amax: Tensor | None = None
 
 
-_NO_FP8 = Fp8Layer(Gemms(up="bf16", down="bf16"), *[None] * 7)
+_NO_FP8 = (Gemms(up="bf16", down="bf16"), *[None] * 7)
 
 
 def relu2_mlp(h: Tensor, up_FD: Tensor, down_FD: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
@@ -64,15 +70,26 @@ def relu2_mlp(h: Tensor, up_FD: Tensor, down_FD: Tensor, fp8: Fp8Layer | None = 
     Without `fp8` any floating type. With it, or on backend cuda or triton, bf16 and contiguous,
     else TypeError or ValueError.
     """
-    if fp8 is None and backend_of(h) == "torch":
+    if fp8 is None and backend_of(h, up_FD) == "torch":
         return reference.relu2_mlp(h, up_FD, down_FD)
     _check(h, up_FD, down_FD)
-    layer = fp8 or _NO_FP8
-    if fp8 is not None:  # the backward pass wants this one, and the next will be written into it
-        layer = fp8._replace(post_scale=fp8.post_scale.clone())
-    y_TD, post_amax = _Relu2MLP.apply(h.flatten(0, -2), up_FD, down_FD, *layer)
-    if fp8 is not None:
-        fp8.post_scale.copy_(delayed_scale(post_amax))
+    h_TD = h.flatten(0, -2)
+    if fp8 is None:
+        return _Relu2MLP.apply(h_TD, up_FD, down_FD, *_NO_FP8)[0].view_as(h)
+    _check_layer(fp8)
+    y_TD, fp8.post_amax = _Relu2MLP.apply(
+        h_TD,
+        up_FD,
+        down_FD,
+        fp8.gemms,
+        fp8.up_f8_FD,
+        fp8.up_f8_DF,
+        fp8.up_scale,
+        fp8.down_f8_FD,
+        fp8.down_f8_DF,
+        fp8.down_scale,
+        fp8.post_scale,
+    )
     return y_TD.view_as(h)
 
 
@@ -95,6 +112,16 @@ def _check(h: Tensor, up_FD: Tensor, down_FD: Tensor) -> None:
             "relu2_mlp needs h (..., D), up_FD and down_FD (F, D), got "
             f"{tuple(h.shape)}, {tuple(up_FD.shape)}, {tuple(down_FD.shape)}"
         )
+
+
+def _check_layer(fp8: Fp8Layer) -> None:
+    for name, value in fp8.gemms._asdict().items():
+        allowed = ("current", "static") if name == "x_scale" else ("bf16", "fp8")
+        if value not in allowed:
+            raise ValueError(f"Gemms: {name}={value!r}; allowed are {' and '.join(allowed)}")
+    for gemm, name in (("dx", "up_f8_DF"), ("dpre", "down_f8_FD")):
+        if getattr(fp8.gemms, gemm) == "fp8" and getattr(fp8, name) is None:
+            raise ValueError(f"relu2_mlp: {name} of Fp8Layer is missing: {gemm} is fp8")
 
 
 def _quantized(
@@ -152,7 +179,7 @@ class _Relu2MLP(torch.autograd.Function):
             )
         else:
             post = relu2_up(h_TD, up_FD)
-            post_amax = max_abs(post) if post_scale is not None else torch.zeros(())
+            post_amax = max_abs(post) if post_scale is not None else h_TD.new_zeros(())
             if "fp8" in (gemms.post, gemms.down, gemms.ddown):
                 post_f8, post_f8_t, _ = fp8_quantize(post, post_scale, transposed=transposed)
         if gemms.down == "fp8":

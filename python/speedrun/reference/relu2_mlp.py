@@ -34,6 +34,14 @@ def drelu2(grad_TD: Tensor, down_FD: Tensor, post_TF: Tensor) -> Tensor:
     return (2 * (grad_TD @ down_FD.mT) * root).to(grad_TD.dtype)
 
 
+def relu2_up_out(h_TD: Tensor, up_FD: Tensor, post_TF: Tensor) -> None:
+    post_TF.copy_(relu2_up(h_TD, up_FD))
+
+
+def drelu2_out(grad_TD: Tensor, down_FD: Tensor, post_TF: Tensor, dpre_TF: Tensor) -> None:
+    dpre_TF.copy_(drelu2(grad_TD, down_FD, post_TF))
+
+
 class Fp8Forward(NamedTuple):
     """What the forward pass of record_089 computes."""
 

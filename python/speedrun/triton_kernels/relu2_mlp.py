@@ -106,3 +106,16 @@ def _launch(a: Tensor, b: Tensor, post: Tensor, dpre: Tensor, backward: bool) ->
             SOFTWARE=interprets(),
             **config,
         )
+
+
+def static_variants():
+    """What benchmarks/static_check.py compiles: both directions, for each size of shared memory."""
+    pointers = dict.fromkeys(("a_ptr", "b_ptr", "post_ptr", "dpre_ptr"), "*bf16:16")
+    signature = pointers | dict.fromkeys("MNK", "i32:16")
+    for name, shared_bytes in (("144 KiB", 227 << 10), ("96 KiB", 99 << 10)):
+        config = tile(shared_bytes)
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+        for backward in (False, True):
+            constexprs = {"BACKWARD": backward, "SOFTWARE": False, **config}
+            title = f"{'drelu2' if backward else 'relu2_up'} {name}"
+            yield title, relu2_gemm_kernel, signature, constexprs, options
