@@ -46,7 +46,8 @@ def scale_of(amax: Tensor, headroom: float = 1.0, dtype: torch.dtype = E4M3) -> 
 def rms_norm(x: Tensor, eps: float = 2**-23) -> Tensor:
     """x over its root mean square along the last dimension, in float32 (of float64: float64)."""
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide * (1 / (wide.square().sum(-1, keepdim=True) * (1 / x.shape[-1]) + eps).sqrt())
+    mean = wide.square().sum(-1, keepdim=True) * (1 / max(1, x.shape[-1]))
+    return wide * (1 / (mean + eps).sqrt())
 
 
 def transposed_copy(x: Tensor) -> Tensor:
