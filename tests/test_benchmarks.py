@@ -100,7 +100,6 @@ def test_only_what_is_right_is_timed():
         peers={
             "right": lambda: lambda: torch.ones(3),
             "wrong": lambda: lambda: torch.zeros(3),
-            "unwritten": lambda: lambda: torch.empty(3),
             "broken": broken,
             "missing": missing,
         },
@@ -109,7 +108,7 @@ def test_only_what_is_right_is_timed():
     assert list(functions) == ["torch", "right"]
     found = {check.name: (check.verdict, check.error) for check in checks}
     assert found["torch"] == found["right"] == ("pass", "")
-    assert found["wrong"][0] == found["unwritten"][0] == "fail" and "not ones" in found["wrong"][1]
+    assert found["wrong"] == ("fail", "AssertionError: not ones")
     assert found["broken"] == ("fail", "ValueError: peer broke")
     assert found["missing"] == ("skip", "not installed")
     rows = run.measure(benchmark, functions, CPU, 2, {"copy": 1e9})
@@ -117,9 +116,12 @@ def test_only_what_is_right_is_timed():
     assert rows[0].ratios["right"] == pytest.approx(1 / rows[1].ratios["torch"])
 
 
-def test_new_memory_is_full_of_nan_only_while_checked():
-    with run._memory_full_of_nan():
-        assert torch.empty(4).isnan().all()
+def test_elements_never_written_are_seen():
+    def check(name, result):
+        assert not result.isnan().any(), "NaN"
+
+    functions, checks = run.functions_of(a_benchmark(lambda: torch.empty(9), check), ["torch"], CPU)
+    assert not functions and checks[0].error == "AssertionError: NaN"
     assert not torch.are_deterministic_algorithms_enabled()
 
 

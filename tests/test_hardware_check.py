@@ -103,14 +103,14 @@ def test_stale_steps_of_an_operator_are_dropped(monkeypatch):
     assert set(record["steps"]) == {"check op triton", "check other cuda"}
 
 
-def plan_names(monkeypatch, record, **fields):
+def plan_names(monkeypatch, record, failing=("bench abc", "check transpose cuda"), **fields):
     monkeypatch.setattr(hardware_check, "source_of", lambda stem, backend: f"{stem} {backend}")
     args = {"device": "cuda", "data": None, "modded_nanogpt": None, "sanitizer": False, **fields}
     stems = hardware_check.in_order(["transpose", "abc", "fp8_matmul"])
     names = []
     for step in hardware_check.plan(argparse.Namespace(**args), stems, record):
         names.append(step.name)
-        verdict = "fail" if step.name in ("bench abc", "check transpose cuda") else "pass"
+        verdict = "fail" if step.name in failing else "pass"
         record["steps"][step.name] = {"verdict": verdict, "error": "e", "source": step.source}
     return names
 
@@ -132,9 +132,10 @@ def test_what_is_wanted_most_comes_first(monkeypatch):
         "train",
     ]
     assert record["steps"]["bench transpose"]["source"] == "transpose triton"
-    monkeypatch.setattr(hardware_check, "ROOT", ROOT)
     names = plan_names(monkeypatch, a_record(), sanitizer=True)
     assert "sanitizer memcheck transpose_smoke" in names
+    names = plan_names(monkeypatch, a_record(), failing=["build"])
+    assert not any(name.endswith(" cuda") for name in names) and "check abc triton" in names
 
 
 def step_entry(verdict="pass", error="", source="abc", **fields):
