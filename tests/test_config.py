@@ -6,7 +6,7 @@ import json
 import pytest
 
 from speedrun import recipes
-from speedrun.config import ConfigError, LayerSpec, apply_overrides, check, to_dict
+from speedrun.config import ConfigError, LayerSpec, MLPConfig, apply_overrides, check, to_dict
 from speedrun.schedule import Schedule, scaled
 from train_helpers import small_config
 
@@ -40,6 +40,9 @@ def read(config, path):
         ("data.val_tokens", "4096", 4096),
         ("model.vocab_size", "None", None),
         ("precision", "recipe", "recipe"),
+        ("precision", "bf16", "bf16"),
+        ("model.mlp.dx", "fp8", "fp8"),
+        ("model.mlp.x_scale", "static", "static"),
         ("target_loss", "3.5", 3.5),
         ("target_loss", "gzip", "gzip"),
         ("name", "mine", "mine"),
@@ -90,6 +93,9 @@ def test_later_overrides_win_and_others_stay():
         ("data.repeat=maybe", "expected true or false"),
         ("data.val_tokens=all", "expected none or a whole number"),
         ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
+        ("model.mlp.up=fp16", "expected one of bf16, fp8"),
+        ("model.mlp.x_scale=delayed", "expected one of current, static"),
+        ("model.mlp=bf16", "can't be set as a whole; set the values inside it"),
         ("target_loss=low", "expected a number or one of gzip"),
         ("model.layers=short,medium", "role 'medium' is unknown; allowed: short, long, none"),
         ("model.layers=short*x", "the count after '*' must be a whole number"),
@@ -145,6 +151,10 @@ IMPOSSIBLE = [
     ("schedule.num_steps=0", "schedule.num_steps=0: must be greater than 0"),
     ("schedule.val_interval=0", "schedule.val_interval=0: must be greater than 0"),
     ("schedule.lr_warmup_steps=-1", "schedule.lr_warmup_steps=-1: must be in 0..1e+15"),
+    (
+        "schedule.fp8_down_own_amax_steps=0",
+        "schedule.fp8_down_own_amax_steps=0: must be at least 1: before the first step",
+    ),
     ("schedule.extension_steps=0", "schedule.extension_steps=0: goes with schedule.extension"),
     ("schedule.stage_ends=0.5", "schedule.stage_ends=(0.5,): needs 2 rising fractions"),
     ("schedule.stage_ends=0.5,0.9", "needs 2 rising fractions, the last 1.0"),
@@ -170,6 +180,19 @@ def test_impossible_values(override, words):
     with pytest.raises(ConfigError) as error:
         check(apply_overrides(small_config(), [override]))
     assert words in str(error.value)
+
+
+def test_impossible_gemms():
+    """A recipe is Python: nothing reads its values before the check."""
+    mlp = MLPConfig(dx="fp16", post="float32", x_scale="fp8")
+    config = dataclasses.replace(small_config().model, mlp=mlp)
+    with pytest.raises(ConfigError) as error:
+        check(small_config(model=config))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "model.mlp.dx=fp16: must be bf16 or fp8",
+        "model.mlp.post=float32: must be bf16 or fp8",
+        "model.mlp.x_scale=fp8: must be current or static",
+    ]
 
 
 def test_all_problems_at_once():

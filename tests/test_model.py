@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from speedrun.config import LayerSpec
-from speedrun.model import GPT, LossWeights, shifted_targets
-from train_helpers import FLOAT64_NOISE, make_batch, micro_batch, normal, small_config
+from speedrun.config import LayerSpec, MLPConfig
+from speedrun.model import GPT, Fp8MLPState, LossWeights, shifted_targets
+from speedrun.ops.relu2_mlp import Gemms
+from train_helpers import (
+    FLOAT64_NOISE,
+    from_golden,
+    golden,
+    make_batch,
+    micro_batch,
+    normal,
+    small_config,
+)
 
 CONFIG = small_config().model
 PLAIN = dataclasses.replace(CONFIG, bigram_rows=0, bigram_dim=0, sign_rows=0)
@@ -308,3 +317,103 @@ def test_bf16():
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2 * 2**-7)
     for parameter in model.parameters():
         assert parameter.grad.dtype == torch.bfloat16 and parameter.grad.isfinite().all()
+
+
+# ---- FP8 in the MLP ------------------------------------------------------------------------------
+
+
+def fp8_model(**choices):
+    config = dataclasses.replace(CONFIG, mlp=MLPConfig(**choices))
+    model = GPT(config, torch.bfloat16, fp8=True)
+    model.load_state_dict(random_model(dtype=torch.bfloat16).state_dict(), strict=False)
+    return model
+
+
+def train_once(model, batch, own_amax=True):
+    """The loss, with gradients in the parameters."""
+    model.refresh_fp8(own_amax)
+    windows = model.plan_windows(batch, *WINDOWS)
+    loss = model.training_loss(batch, windows, LossWeights())
+    loss.backward()
+    return loss.item()
+
+
+def test_config_names_the_gemms():
+    assert dataclasses.asdict(MLPConfig()) == Gemms()._asdict()
+
+
+def test_state_is_the_public_programs(shared_data):
+    """20 steps of 12 layers: the scales of the weights and of post, bit for bit."""
+    arrays = golden(shared_data, "fp8_a.npz")
+    series = {
+        key.removeprefix("mlp/series/"): torch.from_numpy(array.copy())
+        for key, array in arrays.items()
+        if key.startswith("mlp/series/")
+    }
+    state = Fp8MLPState(12, MLPConfig())
+    for step in range(20):
+        # A matrix of one number, which is its amax.
+        bank = torch.stack([series["up_amax"][step], series["down_amax"][step]], 1).view(24, 1, 1)
+        state.refresh(bank.bfloat16(), own_amax=step <= 16)
+        assert torch.equal(state.weights.up_scale, series["up_scale"][step])
+        assert torch.equal(state.weights.down_scale, series["down_scale_used"][step])
+        layers = state.layers()
+        used = torch.stack([layer.post_scale for layer in layers])
+        assert torch.equal(used[:2], series["act_scale_used"][step])
+        for layer, amax in zip(layers, series["act_amax"][step].repeat(6), strict=True):
+            layer.post_amax = amax
+        state.update(layers)
+    for step in (0, 1, 2, 16, 17, 18):
+        prefix = f"mlp/{step}/"
+        bank = torch.stack([from_golden(arrays[prefix + name]) for name in ("w_up", "w_down")])
+        state = Fp8MLPState(1, MLPConfig())
+        state.down_amax_L.copy_(series["down_amax"][max(step - 1, 0), :1])
+        state.refresh(bank, own_amax=step <= 16)
+        for name, found in (("up", state.weights.up_f8), ("down", state.weights.down_f8_t)):
+            assert np.array_equal(found[0].view(torch.uint8), arrays[prefix + f"w_{name}_f8"])
+
+
+@pytest.mark.parametrize("choices", [{}, dict.fromkeys(Gemms._fields[:7], "fp8")], ids=str)
+def test_fp8_trains_near_bf16(choices):
+    """The same loss within FP8's roundings; gradients of every parameter, finite."""
+    batch = make_batch(CONFIG, 2, [0, 5, 40])
+    plain, model = random_model(dtype=torch.bfloat16), fp8_model(**choices)
+    expected = train_once(plain, batch)
+    found = train_once(model, batch)
+    # Two of e4m3's 2^-4 on each side of relu² are a fifth of what an MLP adds, a part of x.
+    assert found != expected and found == pytest.approx(expected, rel=0.2)
+    for parameter, same in zip(model.parameters(), plain.parameters(), strict=True):
+        assert parameter.grad.dtype == torch.bfloat16 and parameter.grad.isfinite().all()
+        cosine = torch.cosine_similarity(
+            parameter.grad.double().flatten(), same.grad.double().flatten(), 0
+        )
+        assert cosine > 0.9
+
+
+def test_validation_knows_no_fp8():
+    batch = make_batch(CONFIG, 1, [0, 5, 40])
+    plain, model = random_model(dtype=torch.bfloat16), fp8_model()
+    with torch.no_grad():
+        losses = [m.validation_loss(batch, m.plan_windows(batch, *WINDOWS)) for m in (plain, model)]
+    assert losses[0] == losses[1]
+    assert (model.fp8_mlp.post_scale_L == 1).all()
+
+
+def test_each_micro_batch_sets_the_next_ones_scale():
+    """1 at first; then 1.80/448 of the amax of the forward pass before, also within a step."""
+    first, second = (make_batch(CONFIG, 1, [0, 5, 40], seed=s) for s in (1, 2))
+    model = fp8_model()
+    scales = []
+    for batch in (first, second, first):
+        train_once(model, batch)
+        scales.append(model.fp8_mlp.post_scale_L.clone())
+    # The layers' input depends on the scales of the layers before it, but the first one's doesn't.
+    assert scales[0][0] == scales[2][0] != scales[1][0]
+    assert (scales[0] != 1).all()
+
+
+def test_all_bf16_needs_no_state():
+    model = fp8_model(up="bf16", down="bf16")
+    assert model.fp8_mlp is None
+    batch = make_batch(CONFIG, 1, [0, 5, 40])
+    assert train_once(model, batch) == train_once(random_model(dtype=torch.bfloat16), batch)

@@ -1,6 +1,7 @@
 """The optimizer over named parameters: the public program's eight steps, and its edges."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from numerics import assert_same_bits
 from speedrun import optim
 from speedrun.comms import Comms
 from speedrun.config import AdamRow, ConfigError, MuonRow, OptimConfig, ScheduleConfig, Stage
-from speedrun.model import GPT
+from speedrun.model import GPT, LossWeights
 from speedrun.ops.normuon_step import join_bits
 from speedrun.optim import Optimizer
 from speedrun.schedule import Schedule
-from train_helpers import from_golden, golden, low_bits, normal, small_config
+from train_helpers import from_golden, golden, low_bits, make_batch, normal, small_config
 
 BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 
@@ -208,6 +209,34 @@ def test_restore_is_bitwise(dtype):
         assert_same_bits(found, saved)
     for found, expected in zip(take_steps(model, optimizer, range(5)), first, strict=True):
         assert_same_bits(found, expected)
+
+
+def test_restore_puts_fp8_scales_back():
+    """What warm_up relies on: the same losses after it as without it, bit for bit."""
+    config = small_config()
+    model = GPT(config.model, torch.bfloat16, fp8=True)
+    model.init_weights(0)
+    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.buffers)
+    batch = make_batch(config.model, 1, [0, 5, 40])
+    windows = model.plan_windows(batch, 3, 7)
+
+    def losses():
+        found = []
+        for plan in itertools.islice(Schedule(config.schedule), 4):
+            model.refresh_fp8(down_own_amax=plan.step < 2)
+            loss = model.training_loss(batch, windows, LossWeights())
+            loss.backward()
+            optimizer.step(plan)
+            found.append(loss.item())
+        return found
+
+    snapshot, scales = optimizer.snapshot(), [b.clone() for b in model.fp8_mlp.buffers()]
+    first = losses()
+    assert all(not torch.equal(a, b) for a, b in zip(model.fp8_mlp.buffers(), scales, strict=True))
+    optimizer.restore(snapshot)
+    for found, saved in zip(model.fp8_mlp.buffers(), scales, strict=True):
+        assert_same_bits(found, saved)
+    assert losses() == first
 
 
 def test_snapshot_holds_copies():

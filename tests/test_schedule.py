@@ -70,6 +70,7 @@ def test_each_step_of_the_record(plans, rows):
         weights = [float(row[f"w{n}"]) for n in (1, 2, 3) if row[f"w{n}"]]
         assert len(plan.multi_token_weights) == int(row["num_targets"])
         if trains:
+            assert plan.fp8_down_own_amax == (row["fp8_down_own_amax"] == "1")
             assert plan.lr == pytest.approx(float(row["lr"]), **FLOATS)
             assert plan.momentum == pytest.approx(float(row["momentum"]), **FLOATS)
             assert plan.tokens_per_step == int(row["batch_tokens"])

@@ -167,18 +167,36 @@ def test_ranks(first_run, folder, ranks):
     assert run.out.count("final val_loss") == 1  # rank 0 alone speaks
 
 
-def test_recipe_precision_on_a_cpu(first_run, folder):
+@pytest.mark.parametrize("precision", ["bf16", "recipe"])
+def test_precision_on_a_cpu(first_run, folder, precision):
     """bf16 parameters with 16 hidden bits: near the float32 losses, not equal to them.
 
-    bf16 moves logits by about 0.13 (golden_089/README.md), so a loss by no more. Seen: 0.03.
+    bf16 moves logits by about 0.13 (golden_089/README.md), so a loss by no more. Seen: 0.03. FP8
+    in the MLP stays within that here.
     """
-    run = train(folder, "--text", "text.txt", "--out", "bf16", *tiny_sets(precision="recipe"))
+    words = ["--text", "text.txt", "--out", precision, *tiny_sets(precision=precision)]
+    run = train(folder, *words)
     assert run.code == 0, run.err
-    assert read_events(folder / "bf16")[0]["dtype"] == "torch.bfloat16"
-    for (*_, a), (*_, b) in zip(
-        read_losses(folder / "one"), read_losses(folder / "bf16"), strict=True
-    ):
+    header = read_events(folder / precision)[0]
+    assert header["dtype"] == "torch.bfloat16" and header["fp8"] == (precision == "recipe")
+    losses = read_losses(folder / precision)
+    for (*_, a), (*_, b) in zip(read_losses(folder / "one"), losses, strict=True):
         assert a != b and b == pytest.approx(a, abs=0.13)
+    assert losses[-1][2] < losses[0][2] - 1.5  # it learns as test_it_learns does
+
+
+def test_fp8_everywhere_on_a_cpu(first_run, folder):
+    """All six GEMMs and post in FP8, the down weights' delayed scales after two steps; twice."""
+    names = ("up", "down", "dpre", "dx", "dup", "ddown", "post")
+    choices = {f"model__mlp__{name}": "fp8" for name in names}
+    sets = tiny_sets(precision="recipe", schedule__fp8_down_own_amax_steps=2, **choices)
+    for out in ("fp8", "fp8_again"):
+        run = train(folder, "--text", "text.txt", "--out", out, *sets)
+        assert run.code == 0, run.err
+    losses = read_losses(folder / "fp8")
+    assert losses == read_losses(folder / "fp8_again")
+    assert losses[-1][2] < losses[0][2] - 1.5
+    assert losses != read_losses(folder / "recipe")
 
 
 def test_gpt2_shards(folder):
