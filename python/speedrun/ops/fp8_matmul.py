@@ -65,10 +65,6 @@ def fp8_matmul(
     epilogue = "add" if out_dtype == FP32 else "store"
     plain = out_dtype != FP32 or (row_scale is None and a.dim() == 2)
     backend = _choose("fp8_matmul_out" if plain else "", epilogue, a, b, out_dtype, fast_accum)
-    if backend == "torch":
-        return reference.fp8_matmul(
-            a, b, scale_a, scale_b, out_dtype=out_dtype, row_scale=row_scale, out_scale=out_scale
-        )
     return torch.ops.speedrun.fp8_matmul(
         a, b, scale_a, scale_b, row_scale, out_scale, out_dtype, fast_accum, backend
     )
@@ -91,8 +87,6 @@ def fp8_matmul_add_(
     _check_like("fp8_matmul_add_", c, "c", (a.shape[0], b.shape[0]), FP32, a)
     _check_no_gradient("fp8_matmul_add_", a, b, scale_a, scale_b, c)
     backend = _choose("fp8_matmul_out", "add", a, b, FP32, fast_accum, c)
-    if backend == "torch":
-        return reference.fp8_matmul_add_(c, a, b, scale_a, scale_b)
     torch.ops.speedrun.fp8_matmul_add_(c, a, b, scale_a, scale_b, fast_accum, backend)
     return c
 
@@ -115,16 +109,6 @@ def fp8_matmul_relu2(
     _check_scale("fp8_matmul_relu2", post_scale, "post_scale", a)
     _check_no_gradient("fp8_matmul_relu2", a, b, scale_a, scale_b, post_scale)
     backend = _choose("fp8_matmul_relu2_out", "relu2", a, b, E4M3, fast_accum)
-    if backend == "torch":
-        return reference.fp8_matmul_relu2(
-            a,
-            b,
-            scale_a,
-            scale_b,
-            post_scale=post_scale,
-            keep_post=keep_post,
-            transposed=transposed,
-        )
     post, post_f8, post_f8_t, amax = torch.ops.speedrun.fp8_matmul_relu2(
         a, b, scale_a, scale_b, post_scale, keep_post, transposed, fast_accum, backend
     )
@@ -161,17 +145,6 @@ def fp8_matmul_drelu2(
     # Compiled for all in bf16 or all in FP8.
     kernel = "fp8_matmul_drelu2_out" if (post_scale is None) == (out_scale is None) else ""
     backend = _choose(kernel, "drelu2", a, b, out_dtype, fast_accum, post)
-    if backend == "torch":
-        return reference.fp8_matmul_drelu2(
-            a,
-            b,
-            scale_a,
-            scale_b,
-            post,
-            post_scale=post_scale,
-            out_scale=out_scale,
-            transposed=transposed,
-        )
     dpre, dpre_t, amax = torch.ops.speedrun.fp8_matmul_drelu2(
         a, b, scale_a, scale_b, post, post_scale, out_scale, transposed, fast_accum, backend
     )
@@ -278,9 +251,12 @@ def _check_no_gradient(op: str, *tensors: Tensor | None) -> None:
 
 
 def _kernels(backend: str):
-    """Where the raw kernels are, by their names."""
+    """Where the raw kernels are, by their names. The reference is behind the operators too:
+    compiled into one kernel with what surrounds it, it would lose its roundings to bf16."""
     if backend == "cuda":
         return torch.ops.speedrun
+    if backend == "torch":
+        return reference
     from speedrun.triton_kernels import fp8_matmul as triton_kernels
 
     return triton_kernels
