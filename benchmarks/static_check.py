@@ -59,8 +59,8 @@ SHOWN = [kind for kind in COUNTED if not kind.startswith(("lds", "sts"))]
 REQUIRED = (
     ("transpose", "cuda", "true, true", ("ld128", "st128")),
     ("transpose", "triton", "", ("ld128", "st128")),
-    ("fp8_quantize", "cuda", "", ("ld128",)),
-    ("fp8_quantize", "triton", "", ("ld128",)),
+    ("fp8_quantize", "cuda", "true>", ("ld128", "st128")),
+    ("fp8_quantize", "triton", "", ("ld128", "st128")),
     ("fp8_matmul", "cuda", "", ("QGMMA", "UTMALDG", "UTMASTG UTMAREDG")),
     ("fp8_matmul", "triton", "", ("QGMMA",)),
     ("relu2_mlp", "cuda", "", ("HGMMA", "UTMALDG", "UTMASTG")),

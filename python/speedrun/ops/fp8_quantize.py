@@ -1,8 +1,9 @@
 """Front door of `fp8_quantize`: casts to fp8 with a scale, so that the real value is fp8 * scale.
 
 fp8 = x / scale, the quotient in float32 and rounded once to nearest even; beyond the type's
-largest number that one, and NaN stays NaN (its sign is free). All backends give the same bytes.
-`scale` is a float32 tensor of one element on x's device, read there: nothing waits for the GPU.
+largest number that one, and NaN stays NaN (its sign is free). All backends give the same bytes;
+only where Inductor fuses the torch backend's cast with what makes x, it leaves x's own rounding
+out. `scale` is a float32 tensor of one element on x's device: nothing waits for the GPU.
 
 Accepted: 2-D (M, N) or 3-D (B, M, N) of float16, bfloat16 or float32 with a contiguous last
 dimension; row and batch strides are free. Outputs are contiguous. Nothing here has a gradient: the
@@ -85,7 +86,7 @@ def rms_norm_fp8_quantize(
     x, scale = x.detach(), scale.detach()
     kernel = "rms_norm_fp8_quantize_out"
     backend = choose("fp8_quantize", x.device, cuda_kernel=kernel, triton=True)
-    if backend == "torch":
+    if backend == "torch" and not torch.compiler.is_compiling():  # Inductor: see _implementation
         return reference.rms_norm_fp8_quantize(x, scale, eps, keep, transposed)
     y = _empty(x, torch.bfloat16) if keep else None
     out, out_t = _empty(x, E4M3), _empty(x.mT, E4M3) if transposed else None
@@ -129,7 +130,7 @@ def refresh_mlp_weights(
         raise ValueError(f"refresh_mlp_weights: mlp_bank has no elements: {shape}")
     bank, old_amax = mlp_bank.detach(), down_amax.detach().contiguous()
     backend = choose("fp8_quantize", bank.device, cuda_kernel="fp8_refresh_out", triton=True)
-    if backend == "torch":
+    if backend == "torch" and not torch.compiler.is_compiling():
         return reference.refresh_mlp_weights(bank, old_amax, headroom, up_t, down_row)
     half = bank[:num_layers]
     up, up_copy = _empty(half, E4M3), _empty(half.mT, E4M3) if up_t else None
@@ -174,7 +175,11 @@ def _check(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> None:
 
 
 def _implementation(name: str):
-    """Runs kernel `<name>` of the backend that is the last argument."""
+    """Runs kernel `<name>` of the backend that is the last argument.
+
+    Compiled code comes here for the reference too where it rounds to bf16 on the way: Inductor
+    leaves such a rounding out if it sees it.
+    """
 
     def run(*arguments):
         *arguments, backend = arguments

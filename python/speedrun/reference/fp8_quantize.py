@@ -114,7 +114,8 @@ def rms_norm_fp8_quantize_out(
     x: Tensor, scale: Tensor, eps: float, y: Tensor | None, out: Tensor, out_t: Tensor | None
 ) -> None:
     """`rms_norm_fp8_quantize` into given tensors."""
-    _write((y, out, out_t), rms_norm_fp8_quantize(x, scale, eps, True, True))
+    values = rms_norm_fp8_quantize(x, scale, eps, y is not None, out_t is not None)
+    _write((y, out, out_t), values)
 
 
 def fp8_refresh_out(
@@ -131,6 +132,7 @@ def fp8_refresh_out(
 ) -> None:
     """`refresh_mlp_weights` into given tensors, scales and amax: up's, then down's. `progress` is
     what kernels count their tiles in, not used here."""
-    new = refresh_mlp_weights(bank_WFD, down_amax_L, headroom)
+    copies = up_t is not None, down is not None
+    new = refresh_mlp_weights(bank_WFD, down_amax_L, headroom, *copies)
     _write((up, up_t, scales_2L[0], down, down_t, scales_2L[1], amax_2L[1]), new)
     amax_2L[0].copy_(bank_WFD[0::2].abs().amax((1, 2)))

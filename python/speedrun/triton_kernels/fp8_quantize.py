@@ -339,6 +339,8 @@ def fp8_refresh_out(
     progress: Tensor,
 ) -> None:
     """The fp8 weights of bank (2L, F, D); amax (2, L) and progress (1 + 2L,) are zeros before."""
+    if bank.numel() == 0:
+        return
     num_matrices, rows, cols = bank.shape
     tiles = triton.cdiv(rows, TILES["TILE_M"]) * triton.cdiv(cols, TILES["TILE_N"])
     with torch.cuda.device_of(bank):
