@@ -46,14 +46,14 @@ def largest_recipe() -> str:
 
 
 def write_made_up_shards(folder: Path, config: Config) -> None:
-    """In the recipe's own format; bytes where it takes any."""
+    """Enough for no token to come twice, in the recipe's own format; bytes where it takes any."""
     largest = max(stage.tokens_per_step for stage in config.schedule.stages)
     validation = NUM_PARTS * config.data.val_tokens_per_part
     format = GPT2 if config.data.default == "fineweb" else BYTES
     random = np.random.default_rng(0)
     words = np.arange(1, 201)
     shares = 1 / words / (1 / words).sum()
-    for split, tokens in (("train", 4 * largest), ("val", 2 * validation)):
+    for split, tokens in (("train", NUM_STEPS * largest), ("val", 2 * validation)):
         documents = (
             (split, random.choice(words, DOCUMENT_TOKENS, p=shares).astype(np.uint16))
             for _ in range(NUM_PARTS + tokens // DOCUMENT_TOKENS)
@@ -111,6 +111,7 @@ def main() -> int:
         lines = Path(scratch, "run", "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     losses = [e["val_loss"] for e in events if e["event"] == "validation"]
+    train_losses = [e["train_loss"] for e in events if e["event"] == "training"]
     result = {
         "recipe": args.recipe,
         "changes": changes,
@@ -118,6 +119,7 @@ def main() -> int:
         "steps": NUM_STEPS,
         "first_val_loss": losses[0],
         "last_val_loss": losses[-1],
+        "train_losses": train_losses,
         "step_ms_by_stage": step_times_ms(events, Schedule(train.configure(train_args).schedule)),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
         "seconds_to_first_step": started[0] - STARTED,
