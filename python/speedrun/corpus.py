@@ -117,8 +117,8 @@ def stdlib_corpus(folder: Path | str) -> Path:
     """Byte-level shards of the standard library's sources in `folder`, which is returned.
 
     Each file is a document; about 5 % of the bytes, and 32 to 48 kB, are validation. Built
-    again when Python's version, its set of files or the split changes. DataError where the sources are absent
-    or the folder can't be written.
+    again when Python's version, its set of files or the split changes. DataError where the
+    sources are absent or the folder can't be written.
     """
     folder = Path(folder)
     root = Path(sysconfig.get_path("stdlib"))
@@ -196,8 +196,9 @@ def compressed_nats_per_byte(
 ) -> dict[str, float]:
     """Nats a byte that `gzip -9` and `bz2 -9` need for the text of byte-level shards.
 
-    `num_tokens`: of their first tokens only (BOS counts). The documents are joined, without BOS. A model's mean loss in nats over the same bytes can be
-    compared with it. DataError for shards that are not byte-level, or hold no text.
+    `num_tokens`: of so many of their first tokens only (BOS counts). The documents are joined,
+    without BOS. A model's mean loss in nats over the same bytes can be compared with it. DataError
+    for shards that are not byte-level, or hold no text.
     """
     parts = []
     for path in val_shards:
