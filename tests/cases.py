@@ -140,3 +140,25 @@ FP8_QUANTIZE_FULL = (
     Case("head", (768, 50304), torch.bfloat16, "the head's weight, both layouts"),
     Case("refresh", (24, 3072, 768), torch.bfloat16, "all MLP weights after an optimizer step"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpCase:
+    """T tokens through an MLP of D and F; with the gradients or without."""
+
+    name: str
+    tokens: int
+    dim: int
+    hidden: int
+    why: str
+
+
+RELU2_MLP_SMALL = (
+    MlpCase("one_tile", 128, 64, 128, "a tile, aligned"),
+    MlpCase("edges", 80, 48, 160, "aligned, and tiles are cut on all sides"),
+)
+RELU2_MLP_FULL = (
+    MlpCase("s1", 16384, 768, 3072, "a part of a step in stage 1"),
+    MlpCase("s2", 32768, 768, 3072, "in stage 2"),
+    MlpCase("s3", 49152, 768, 3072, "in stage 3"),
+)

@@ -152,3 +152,45 @@ def assert_within_budget(out: Tensor, budget: Estimate) -> None:
     assert found <= 2 * expected, f"rms error {found:.3g} above twice {expected:.3g}"
     largest = 2 * math.sqrt(2 * math.log(max(out.numel(), 2))) * budget.variance.max().sqrt()
     assert error.max() <= largest, f"max error {error.max():.3g} above the limit {largest:.3g}"
+
+
+def relu2_mlp_budget(
+    h: Tensor,
+    up: Tensor,
+    down: Tensor,
+    grad: Tensor,
+    gemms,
+    sizes: dict[str, float],
+    scales: dict[str, float],
+) -> list[Estimate]:
+    """Estimates of y and the gradients of h (T, D), Up and Down (F, D): ops.relu2_mlp's roundings.
+
+    `gemms`: its Gemms. `sizes`: the largest |h|, |grad| and post of the whole call, of which these
+    may be some rows; `scales`: of Up, Down and post.
+    """
+    e4m3, e5m2, bf16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
+    x, up, down, g = (Estimate.exact(t) for t in (h, up, down, grad))
+    x_max = h.shape[1] ** 0.5 if gemms.x_scale == "static" else sizes["h"]
+    x_f8 = x.rounded(e4m3, x_max / 448)
+    up_f8 = up.rounded(bf16).rounded(e4m3, scales["up"])
+    down_f8 = down.rounded(e4m3, scales["down"])
+    g_f8 = g.rounded(e5m2, sizes["grad"] / 57344)
+
+    def pick(name: str, plain: Estimate, fp8: Estimate) -> Estimate:
+        return fp8 if getattr(gemms, name) == "fp8" else plain
+
+    pre = (pick("up", x, x_f8) @ pick("up", up, up_f8).mT).rounded(bf16)
+    post = pre.relu().square().rounded(bf16)
+    post_f8 = post.rounded(e4m3, scales["post"])
+    y = pick("down", post, post_f8) @ pick("down", down, down_f8)
+    kept = pick("post", post, post_f8.rounded(bf16))
+    product = (pick("dpre", g, g_f8) @ pick("dpre", down, down_f8).mT).rounded(bf16)
+    dpre = (Estimate(2 * product.value, 4 * product.variance) * kept.sqrt()).rounded(bf16)
+    dpre_f8 = dpre.rounded(e5m2, dpre.value.abs().max() / 57344)
+    if gemms.dpre == gemms.dx == gemms.dup == "fp8":
+        bound = 2 * h.shape[1] * sizes["grad"] * 448 * scales["down"] * sizes["post"] ** 0.5
+        dpre_f8 = dpre.rounded(e5m2, bound / 57344)
+    dx = pick("dx", dpre, dpre_f8) @ pick("dx", up, up_f8)
+    dup = pick("dup", dpre, dpre_f8).mT @ pick("dup", x, x_f8)
+    ddown = pick("ddown", kept, post_f8).mT @ pick("ddown", g, g_f8)
+    return [estimate.rounded(bf16) for estimate in (y, dx, dup, ddown)]

@@ -13,7 +13,12 @@ import pytest
 import torch
 import torch._inductor.config
 
-from numerics import Estimate, assert_accurate, assert_same_bits, assert_within_budget
+from numerics import (
+    assert_accurate,
+    assert_same_bits,
+    assert_within_budget,
+    relu2_mlp_budget,
+)
 from speedrun import ops
 from speedrun.ops._dispatch import library_problem
 from speedrun.ops._relu2_mlp_kernels import drelu2, relu2_up
@@ -185,34 +190,11 @@ def run(h, up, down, grad, layer):
 
 
 def budgets(h, up, down, grad, layer, post_scale):
-    """Estimates of the same four: every rounding that the choice of GEMMs brings."""
-    gemms = layer.gemms
-    largest = h.shape[1] ** 0.5 if gemms.x_scale == "static" else h.abs().max().item()
-    grad_max = grad.abs().max().item()
-    x, up, down, g = (Estimate.exact(t) for t in (h, up, down, grad))
-    x_f8 = x.rounded(E4M3, largest / 448)
-    up_f8 = up.rounded(BF16).rounded(E4M3, layer.up_scale.item())
-    down_f8 = down.rounded(E4M3, layer.down_scale.item())
-    g_f8 = g.rounded(E5M2, grad_max / 57344)
-
-    def pick(name, plain, fp8):
-        return fp8 if getattr(gemms, name) == "fp8" else plain
-
-    pre = (pick("up", x, x_f8) @ pick("up", up, up_f8).mT).rounded(BF16)
-    post = pre.relu().square().rounded(BF16)
-    post_f8 = post.rounded(E4M3, post_scale)
-    y = pick("down", post, post_f8) @ pick("down", down, down_f8)
-    kept = pick("post", post, post_f8.rounded(BF16))
-    product = (pick("dpre", g, g_f8) @ pick("dpre", down, down_f8).mT).rounded(BF16)
-    dpre = (Estimate(2 * product.value, 4 * product.variance) * kept.sqrt()).rounded(BF16)
-    dpre_f8 = dpre.rounded(E5M2, dpre.value.abs().max().item() / 57344)
-    if gemms.dpre == gemms.dx == gemms.dup == "fp8":
-        bound = 2 * h.shape[1] * grad_max * 448 * layer.down_scale.item()
-        dpre_f8 = dpre.rounded(E5M2, bound * post.value.max().sqrt().item() / 57344)
-    dx = pick("dx", dpre, dpre_f8) @ pick("dx", up, up_f8)
-    dup = pick("dup", dpre, dpre_f8).mT @ pick("dup", x, x_f8)
-    ddown = pick("ddown", kept, post_f8).mT @ pick("ddown", g, g_f8)
-    return [estimate.rounded(BF16) for estimate in (y, dx, dup, ddown)]
+    """Estimates of the same four."""
+    post_max = (h.double() @ up.double().mT).relu().square().max().item()
+    sizes = {"h": h.abs().max().item(), "grad": grad.abs().max().item(), "post": post_max}
+    scales = {"up": layer.up_scale, "down": layer.down_scale, "post": post_scale}
+    return relu2_mlp_budget(h, up, down, grad, layer.gemms, sizes, scales)
 
 
 @pytest.mark.usefixtures("backend")
