@@ -390,6 +390,12 @@ def test_fp8_trains_near_bf16(choices):
         assert cosine > 0.9
 
 
+def test_training_begins_with_a_refresh():
+    model, batch = fp8_model(), make_batch(CONFIG, 1, [0, 5, 40])
+    with pytest.raises(RuntimeError, match="refresh_fp8 begins each step"):
+        model.training_loss(batch, model.plan_windows(batch, *WINDOWS), LossWeights())
+
+
 def test_validation_knows_no_fp8():
     batch = make_batch(CONFIG, 1, [0, 5, 40])
     plain, model = random_model(dtype=torch.bfloat16), fp8_model()

@@ -88,6 +88,8 @@ class Fp8MLPState(nn.Module):
     def layers(self) -> list[Fp8Layer]:
         """What `relu2_mlp` takes, layer by layer, in one forward pass."""
         w = self.weights
+        if w is None:
+            raise RuntimeError("there are no FP8 weights yet: refresh_fp8 begins each step")
         banks = (w.up_f8, w.up_f8_t, w.up_scale, w.down_f8, w.down_f8_t, w.down_scale)
         banks += (self.post_scale_L,)
         return [

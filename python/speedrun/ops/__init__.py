@@ -14,9 +14,12 @@ from speedrun.ops.fp8_quantize import (
     refresh_mlp_weights,
     rms_norm_fp8_quantize,
 )
+from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
 from speedrun.ops.transpose import transpose, transpose_add_
 
 __all__ = [
+    "Fp8Layer",
+    "Gemms",
     "backends_used",
     "delayed_scale",
     "fp8_matmul",
@@ -26,6 +29,7 @@ __all__ = [
     "fp8_quantize",
     "fp8_quantize_current",
     "refresh_mlp_weights",
+    "relu2_mlp",
     "rms_norm_fp8_quantize",
     "transpose",
     "transpose_add_",
