@@ -59,6 +59,7 @@ def test_what_the_cuda_kernels_serve(monkeypatch):
         ("K of 24", (a[:, :24].contiguous(), b[:, :24].contiguous()), {}),
         ("a start off by 8", (a[:, 8:24], b[:, 8:24]), {}),
         ("rows of 30 bytes", (a, b[:15]), {}),
+        ("one row repeated", (a[:1].expand(4, -1), b), {}),
         ("no K", (a[:, :0], b[:, :0]), {}),
     ):
         assert kernel_for(matmul, *args, *s, **options) == "", name
@@ -66,7 +67,8 @@ def test_what_the_cuda_kernels_serve(monkeypatch):
     relu2, fused = ops.fp8_matmul_relu2, {"post_scale": one}
     assert kernel_for(relu2, wide, b, *s, **fused) == "fp8_matmul_relu2_out"
     assert kernel_for(relu2, wide, b, *s, **fused, fast_accum=False) == ""
-    assert kernel_for(relu2, a, b, *s, **fused) == ""
+    assert kernel_for(relu2, a, b, *s, **fused) == "fp8_matmul_relu2_out"
+    assert kernel_for(relu2, a, b, *s, **fused, transposed=True) == ""
     drelu2, wide = ops.fp8_matmul_drelu2, fp8_ones((16, 32), E5M2)
     post = torch.ones(16, 16, device=DEVICE)
     in_fp8 = {"post_scale": one, "out_scale": one}

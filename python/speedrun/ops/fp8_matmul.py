@@ -108,7 +108,8 @@ def fp8_matmul_relu2(
     _check_operands("fp8_matmul_relu2", a, b, scale_a, scale_b)
     _check_scale("fp8_matmul_relu2", post_scale, "post_scale", a)
     _check_no_gradient("fp8_matmul_relu2", a, b, scale_a, scale_b, post_scale)
-    backend = _choose("fp8_matmul_relu2_out", "relu2", a, b, E4M3, fast_accum)
+    kernel = "fp8_matmul_relu2_out"
+    backend = _choose(kernel, "relu2", a, b, E4M3, fast_accum, transposed=transposed)
     post, post_f8, post_f8_t, amax = torch.ops.speedrun.fp8_matmul_relu2(
         a, b, scale_a, scale_b, post_scale, keep_post, transposed, fast_accum, backend
     )
@@ -144,7 +145,7 @@ def fp8_matmul_drelu2(
     out_dtype = BF16 if out_scale is None else E5M2
     # Compiled for all in bf16 or all in FP8.
     kernel = "fp8_matmul_drelu2_out" if (post_scale is None) == (out_scale is None) else ""
-    backend = _choose(kernel, "drelu2", a, b, out_dtype, fast_accum, post)
+    backend = _choose(kernel, "drelu2", a, b, out_dtype, fast_accum, post, transposed=transposed)
     dpre, dpre_t, amax = torch.ops.speedrun.fp8_matmul_drelu2(
         a, b, scale_a, scale_b, post, post_scale, out_scale, transposed, fast_accum, backend
     )
@@ -161,13 +162,14 @@ def _choose(
     out_dtype: torch.dtype,
     fast_accum: bool,
     *others: Tensor,
+    transposed: bool = False,
 ) -> str:
     """The backend; `cuda_kernel`: what would serve the call, if compiled for its types."""
     only_fast = _CUDA_KERNELS[epilogue].get((a.dtype, b.dtype, out_dtype))
     capability = _capability(a.device)
     compiled = only_fast is not None and (fast_accum or not only_fast) and capability == (9, 0)
     # TMA: addresses, and strides and row lengths in bytes, are multiples of 16.
-    rows = (a.shape[-2] if epilogue in ("relu2", "drelu2") else 0, b.shape[-2])
+    rows = (a.shape[-2] if transposed else 0, b.shape[-2])
     aligned = all(_is_aligned(x) for x in (a, b, *others)) and a.shape[-1] > 0
     aligned = aligned and all(size % 16 == 0 for size in rows)
     return choose(
@@ -184,7 +186,8 @@ def _is_aligned(x: Tensor) -> bool:
     Compiled code knows no addresses: there the kernel itself refuses one that it can't take.
     """
     start = 0 if torch.compiler.is_compiling() else x.data_ptr()
-    return start % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    steps = [step * x.element_size() for step in x.stride()[:-1]]
+    return start % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

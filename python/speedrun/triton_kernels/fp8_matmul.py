@@ -198,7 +198,8 @@ def _is_aligned(x: Tensor) -> bool:
 def _is_one_matrix(x: Tensor) -> bool:
     """Whether x, (rows, K) or (batch, rows, K), is one matrix of batch·rows rows."""
     flat = x.dim() == 2 or len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return flat and x.stride(-1) == 1 and 0 < x.numel() < 2**31 * x.shape[-1]
+    row = x.stride(-2) >= x.shape[-1] and x.stride(-1) == 1
+    return flat and row and 0 < x.numel() < 2**31 * x.shape[-1]
 
 
 def _descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
