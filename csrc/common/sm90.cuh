@@ -239,6 +239,17 @@ class Gemm {
                                                       Epilogue, cutlass::gemm::PersistentScheduler>;
 };
 
+// What a kernel's name tells profilers and benchmarks/static_check.py besides what it computes:
+// its tile, the steps of K in flight, bytes of shared memory.
+template <class Kernel>
+constexpr int kTileM = cute::size<0>(typename Kernel::TileShape{});
+template <class Kernel>
+constexpr int kTileN = cute::size<1>(typename Kernel::TileShape{});
+template <class Kernel>
+constexpr int kStages = Kernel::CollectiveMainloop::DispatchPolicy::Stages;
+template <class Kernel>
+constexpr int kSharedBytes = Kernel::SharedStorageSize;
+
 // ---- Launch ----------------------------------------------------------------------------------
 
 // A matrix or a batch of them; strides count elements, that of the last dimension is 1.
@@ -311,9 +322,8 @@ cudaError_t launch(void (*kernel)(typename Kernel::Params), const Problem& p,
   arguments.scheduler.max_swizzle_size = p.strip;
   const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
 
-  constexpr int kSharedBytes = Kernel::SharedStorageSize;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<Kernel>);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -323,7 +333,7 @@ cudaError_t launch(void (*kernel)(typename Kernel::Params), const Problem& p,
   cudaLaunchConfig_t config{};
   config.gridDim = Kernel::get_grid_shape(params);
   config.blockDim = Kernel::get_block_shape();
-  config.dynamicSmemBytes = kSharedBytes;
+  config.dynamicSmemBytes = kSharedBytes<Kernel>;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;

@@ -30,8 +30,8 @@ typename Fp8Scaled<Out>::Arguments fp8_scaled(const Fp8Operands& in) {
   return {sm90::scalar_product(in.scale_a, in.scale_b), {}, {}};
 }
 
-// Spec::Kernel is what runs; `Spec` is its name in profiles.
-template <class Spec>
+// Spec::Kernel is what runs; the rest is for its name in profiles.
+template <class Spec, int kTileM, int kTileN, int kStages, int kSharedBytes>
 __global__ void __launch_bounds__(Spec::Kernel::MaxThreadsPerBlock, 1)
     fp8_matmul_kernel(CUTLASS_GRID_CONSTANT typename Spec::Kernel::Params const params) {
   extern __shared__ char shared[];
@@ -57,8 +57,10 @@ template <class Spec>
 cudaError_t launch_fp8(const sm90::Problem& problem,
                        const sm90::FusionArguments<typename Spec::Kernel>& fusion, int num_sms,
                        cudaStream_t stream) {
-  return sm90::launch<typename Spec::Kernel>(fp8_matmul_kernel<Spec>, problem, fusion, num_sms,
-                                             stream);
+  using Kernel = typename Spec::Kernel;
+  return sm90::launch<Kernel>(fp8_matmul_kernel<Spec, sm90::kTileM<Kernel>, sm90::kTileN<Kernel>,
+                                                sm90::kStages<Kernel>, sm90::kSharedBytes<Kernel>>,
+                              problem, fusion, num_sms, stream);
 }
 
 // Whether there is nothing to do, or (error) nothing that could be done.

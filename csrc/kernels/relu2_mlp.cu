@@ -34,8 +34,8 @@ struct Relu2Up
 struct Drelu2
     : Bf16Gemm<BF16, sm90::Apply<sm90::TimesRelu2Slope, BF16, Sm90AccFetch, Sm90SrcFetch<BF16>>> {};
 
-// Spec::Kernel is what runs; `Spec` is its name in profiles.
-template <class Spec>
+// Spec::Kernel is what runs; the rest is for its name in profiles.
+template <class Spec, int kTileM, int kTileN, int kStages, int kSharedBytes>
 __global__ void __launch_bounds__(Spec::Kernel::MaxThreadsPerBlock, 1)
     relu2_mlp_kernel(CUTLASS_GRID_CONSTANT typename Spec::Kernel::Params const params) {
   extern __shared__ char shared[];
@@ -54,7 +54,10 @@ cudaError_t launch(int64_t tokens, int64_t hidden, int64_t dim, sm90::Matrix a, 
   if (error != cudaSuccess) return error;
   // Strips of one tile: the weights (4.7 MB) stay in L2.
   const sm90::Problem problem{tokens, hidden, dim, 1, a, b, c, d, 1};
-  return sm90::launch<typename Spec::Kernel>(relu2_mlp_kernel<Spec>, problem, {}, num_sms, stream);
+  using Kernel = typename Spec::Kernel;
+  return sm90::launch<Kernel>(relu2_mlp_kernel<Spec, sm90::kTileM<Kernel>, sm90::kTileN<Kernel>,
+                                               sm90::kStages<Kernel>, sm90::kSharedBytes<Kernel>>,
+                              problem, {}, num_sms, stream);
 }
 
 }  // namespace
