@@ -71,7 +71,7 @@ struct NormQuotients {
 
 // ---- 3. Kernels ------------------------------------------------------------------------------
 
-template <typename T, __nv_fp8_interpretation_t kType, bool kAligned>
+template <typename T, bool kE4M3, bool kAligned>
 __global__ void __launch_bounds__(QuantizeTile::kThreads)
     quantize_kernel(Fp8QuantizeParams p, int64_t row_tiles, int64_t col_tiles) {
   using S = QuantizeTile;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(QuantizeTile::kThreads)
   const Rows<T> rows =
       load_rows<S, kAligned>(x, p.x_row_stride, target.rows_left, target.cols_left, threadIdx.x);
   const Quotients<false> quotients{*p.scale};
-  cast_rows<S, kType, kAligned>(rows, quotients, target, threadIdx.x, tile);
+  cast_rows<S, kE4M3, kAligned>(rows, quotients, target, threadIdx.x, tile);
   if (p.amax != nullptr) {
     const uint32_t greatest = block_max(max_bits(rows));
     if (threadIdx.x == 0) atomicMax(reinterpret_cast<uint32_t*>(p.amax), greatest);
@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(QuantizeTile::kThreads)
   store_transposed<S, kAligned>(tile, target, threadIdx.x);
 }
 
+// The 1: on sm_80, ptxas would rather spill a little to fit two blocks into a multiprocessor.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(NormTile::kThreads)
+__global__ void __launch_bounds__(NormTile::kThreads, 1)
     rms_norm_quantize_kernel(Fp8QuantizeParams p, int64_t row_tiles, float inverse_cols) {
   using S = NormTile;
   __shared__ Vec<uint8_t> tile[S::kVecs];
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(NormTile::kThreads)
     quotients.cols_left = p.cols - col;
     const Rows<T> rows =
         load_rows<S, kAligned>(x + col, p.x_row_stride, p.rows - row, p.cols - col, threadIdx.x);
-    cast_rows<S, __NV_E4M3, kAligned>(rows, quotients, target, threadIdx.x, tile);
+    cast_rows<S, true, kAligned>(rows, quotients, target, threadIdx.x, tile);
     if (p.out_t == nullptr) continue;
     __syncthreads();
     store_transposed<S, kAligned>(tile, target, threadIdx.x);
@@ -139,14 +140,14 @@ bool all_aligned(const Fp8QuantizeParams& p) {
          is_aligned(p.x, p.cols, p.x_row_stride, p.x_batch_stride, element_bytes(p.x_dtype));
 }
 
-template <typename T, __nv_fp8_interpretation_t kType>
+template <typename T, bool kE4M3>
 cudaError_t launch_quantize(const Fp8QuantizeParams& p, cudaStream_t stream) {
   using S = QuantizeTile;
   const int64_t row_tiles = ceil_div(p.rows, S::kRows), col_tiles = ceil_div(p.cols, S::kCols);
   const unsigned blocks = grid_size(p.batch, row_tiles, col_tiles);
   if (blocks == 0) return cudaErrorInvalidValue;
   const auto kernel =
-      all_aligned(p) ? quantize_kernel<T, kType, true> : quantize_kernel<T, kType, false>;
+      all_aligned(p) ? quantize_kernel<T, kE4M3, true> : quantize_kernel<T, kE4M3, false>;
   kernel<<<blocks, S::kThreads, 0, stream>>>(p, row_tiles, col_tiles);
   return cudaGetLastError();
 }
@@ -166,9 +167,9 @@ cudaError_t launch_norm(const Fp8QuantizeParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch(const Fp8QuantizeParams& p, bool norm, cudaStream_t stream) {
-  if (p.out_dtype == DType::kFloat8E5M2 && !norm) return launch_quantize<T, __NV_E5M2>(p, stream);
+  if (p.out_dtype == DType::kFloat8E5M2 && !norm) return launch_quantize<T, false>(p, stream);
   if (p.out_dtype != DType::kFloat8E4M3) return cudaErrorInvalidValue;
-  return norm ? launch_norm<T>(p, stream) : launch_quantize<T, __NV_E4M3>(p, stream);
+  return norm ? launch_norm<T>(p, stream) : launch_quantize<T, true>(p, stream);
 }
 
 cudaError_t launch_any(const Fp8QuantizeParams& p, bool norm, cudaStream_t stream) {

@@ -93,8 +93,9 @@ HOST_DEVICE inline uint32_t max_bits(const Rows<T>& rows) {
   return greatest;
 }
 
-template <__nv_fp8_interpretation_t kType>
+template <bool kE4M3>
 HOST_DEVICE inline Vec<uint8_t> to_fp8(const float (&values)[16]) {
+  constexpr __nv_fp8_interpretation_t kType = kE4M3 ? __NV_E4M3 : __NV_E5M2;
   Vec<uint8_t> codes{};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {  // two a conversion, the first in the low byte
@@ -129,7 +130,7 @@ struct Target {
 };
 
 // Phase 1: casts what `quotients(pass, values)` makes of the rows; to `out`, and to the tile.
-template <typename S, __nv_fp8_interpretation_t kType, bool kAligned, typename T, typename F>
+template <typename S, bool kE4M3, bool kAligned, typename T, typename F>
 HOST_DEVICE inline void cast_rows(const Rows<T>& rows, const F& quotients, const Target& t,
                                   int thread, Vec<uint8_t>* tile) {
   const int vec = thread % S::kColVecs;
@@ -139,7 +140,7 @@ HOST_DEVICE inline void cast_rows(const Rows<T>& rows, const F& quotients, const
     float values[16];
     rows.get(pass, values);
     quotients(pass, values);
-    const Vec<uint8_t> codes = to_fp8<kType>(values);
+    const Vec<uint8_t> codes = to_fp8<kE4M3>(values);
     if (t.out) {
       store_vec<kAligned>(row_start<kAligned>(t.out, row, t.out_row_stride) + vec * 16, codes,
                           row < t.rows_left ? t.cols_left - vec * 16 : 0);

@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(QuantizeTile::kThreads)
   const Target target(is_down ? p.down : p.up, is_down ? p.down_t : p.up_t, layer, p.rows, p.cols,
                       row, col);
   if (is_down) {
-    cast_rows<S, __NV_E4M3, kAligned>(rows, Quotients<false>{scale}, target, threadIdx.x, tile);
+    cast_rows<S, true, kAligned>(rows, Quotients<false>{scale}, target, threadIdx.x, tile);
   } else {
-    cast_rows<S, __NV_E4M3, kAligned>(rows, Quotients<true>{scale}, target, threadIdx.x, tile);
+    cast_rows<S, true, kAligned>(rows, Quotients<true>{scale}, target, threadIdx.x, tile);
   }
   if (target.out_t == nullptr) return;
   __syncthreads();

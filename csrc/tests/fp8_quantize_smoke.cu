@@ -52,7 +52,7 @@ bool same_code(uint8_t a, uint8_t b, bool e4m3) {
 }
 
 // The kernels' bodies on the host.
-template <typename T, __nv_fp8_interpretation_t kType, bool kAligned>
+template <typename T, bool kE4M3, bool kAligned>
 void quantize_on_host(const Fp8QuantizeParams& p) {
   using S = QuantizeTile;
   const int64_t row_tiles = ceil_div(p.rows, S::kRows), col_tiles = ceil_div(p.cols, S::kCols);
@@ -69,7 +69,7 @@ void quantize_on_host(const Fp8QuantizeParams& p) {
       const Rows<T> rows =
           load_rows<S, kAligned>(x, p.x_row_stride, target.rows_left, target.cols_left, thread);
       greatest = std::max(greatest, max_bits(rows));
-      cast_rows<S, kType, kAligned>(rows, Quotients<false>{*p.scale}, target, thread, tile.data());
+      cast_rows<S, kE4M3, kAligned>(rows, Quotients<false>{*p.scale}, target, thread, tile.data());
     }
     for (int thread = 0; thread < S::kThreads; ++thread) {
       store_transposed<S, kAligned>(tile.data(), target, thread);
@@ -109,7 +109,7 @@ void norm_on_host(const Fp8QuantizeParams& p) {
         quotients[thread].cols_left = p.cols - col;
         const Rows<T> rows =
             load_rows<S, kAligned>(x + col, p.x_row_stride, left, p.cols - col, thread);
-        cast_rows<S, __NV_E4M3, kAligned>(rows, quotients[thread], target, thread, tile.data());
+        cast_rows<S, true, kAligned>(rows, quotients[thread], target, thread, tile.data());
       }
       for (int thread = 0; thread < S::kThreads; ++thread) {
         store_transposed<S, kAligned>(tile.data(), target, thread);
@@ -122,10 +122,10 @@ template <typename T>
 void run_on_host(const Fp8QuantizeParams& p, bool norm) {
   const bool aligned = all_aligned(p), e4m3 = p.out_dtype == DType::kFloat8E4M3;
   if (norm) return aligned ? norm_on_host<T, true>(p) : norm_on_host<T, false>(p);
-  if (e4m3 && aligned) quantize_on_host<T, __NV_E4M3, true>(p);
-  if (e4m3 && !aligned) quantize_on_host<T, __NV_E4M3, false>(p);
-  if (!e4m3 && aligned) quantize_on_host<T, __NV_E5M2, true>(p);
-  if (!e4m3 && !aligned) quantize_on_host<T, __NV_E5M2, false>(p);
+  if (e4m3 && aligned) quantize_on_host<T, true, true>(p);
+  if (e4m3 && !aligned) quantize_on_host<T, true, false>(p);
+  if (!e4m3 && aligned) quantize_on_host<T, false, true>(p);
+  if (!e4m3 && !aligned) quantize_on_host<T, false, false>(p);
 }
 
 // A copy of `values` on the GPU, written back when it goes.
