@@ -315,7 +315,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 def describe(kernel: Kernel, name: str) -> None:
     """A short name; of a GEMM also tile, stages and shared memory, which csrc puts into its name:
     stem_kernel<Name, tile rows, tile columns, stages, bytes>."""
-    short = re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name)
+    short = re.sub(r"^void |\w+::|\(anonymous namespace\)::|\(\w+\)(?=\d)", "", name)
     kernel.name = re.sub(r"\(.*\)$", "", short)
     if match := re.search(r"<(\w+), (\d+), (\d+), (\d+), (\d+)>$", kernel.name):
         kernel.name, kernel.tile = match[1], f"{match[2]}x{match[3]}"

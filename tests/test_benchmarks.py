@@ -225,6 +225,8 @@ def test_names_of_gemms_are_taken_apart():
     )
     assert (kernel.name, kernel.tile, kernel.stages) == ("AddE5m2", "128x192", 5)
     assert kernel.shared_bytes == 231424
+    static_check.describe(kernel, "void speedrun::quantize_kernel<float, (type_t)1, true>(A, long)")
+    assert kernel.name == "quantize_kernel<float, 1, true>"
     static_check.describe(kernel, "void speedrun::transpose_kernel<int, true>(Params)")
     assert kernel.name == "transpose_kernel<int, true>"
 
