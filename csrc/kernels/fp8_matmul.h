@@ -33,7 +33,7 @@ struct Fp8Operands {
   int64_t batch, m, n, k;
   int64_t a_batch_stride, a_row_stride, b_batch_stride, b_row_stride;
   DType a_dtype, b_dtype;
-  bool fast_accum;  // allowed, not demanded: products of about 14 bits a sum, not promoted
+  bool fast_accum;  // allows, not demands, sums of about 14 bits
 };
 
 struct Fp8MatmulParams {

@@ -1,5 +1,4 @@
 #include "common/sm90.cuh"
-#include "cutlass/epilogue/thread/activation.h"
 #include "kernels/relu2_mlp.h"
 
 namespace speedrun {
