@@ -14,15 +14,19 @@ import platform
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 
 import speedrun
+from speedrun.comms import Comms
 from speedrun.config import Config, to_dict
+from speedrun.schedule import StepPlan
 
 CONSOLE_INTERVAL_S = 5.0  # between training lines on a console without a progress bar
 
@@ -227,3 +231,44 @@ def _progress_bar(total_steps: int) -> Any:
     except ImportError:
         return False
     return tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+
+
+class LossQueue:
+    """Losses on their way from the device to the log, without waiting for the device.
+
+    A non-finite loss raises RunError with its step, on all ranks alike: the loss is their sum.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, StepPlan, float]] = deque()
+        self._tokens_done = 0
+
+    def push(self, loss: Tensor, plan: StepPlan, train_time_s: float, comms: Comms) -> None:
+        comms.all_reduce_sum([loss])
+        event = None
+        if loss.is_cuda:
+            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+            loss = host.copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((loss, event, plan, train_time_s))
+
+    def log_ready(self, log: RunLog, wait: bool = False) -> None:
+        while self._pending:
+            loss, event, plan, train_time_s = self._pending[0]
+            if event is not None and not wait and not event.query():
+                return
+            if event is not None:
+                event.synchronize()
+            self._pending.popleft()
+            mean = loss.item() / plan.tokens_per_step
+            if not math.isfinite(mean):
+                raise RunError(
+                    f"step {plan.step}: the training loss is {mean}; the run is stopped. "
+                    "Lower optim.muon_lr or optim.adam_lr by --set, or try --set precision=float32"
+                )
+            self._tokens_done += plan.tokens_per_step
+            log.training(plan.step + 1, mean, train_time_s, self._tokens_done)
+
+    def log_all(self, log: RunLog) -> None:
+        self.log_ready(log, wait=True)

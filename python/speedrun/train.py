@@ -12,9 +12,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,40 +25,33 @@ from speedrun.config import (
     NUM_PARTS,
     Config,
     ConfigError,
-    ModelConfig,
     apply_overrides,
     check,
 )
-from speedrun.corpus import compressed_nats_per_byte, stdlib_corpus, text_corpus
-from speedrun.data import (
-    BatchShape,
-    DataError,
-    DataFormat,
-    StepBatch,
-    TokenLoader,
-    check_schedule,
-    cu_seqlens_entries,
-    find_shards,
-    read_format,
-    read_long_documents,
-    validation_parts,
-)
+from speedrun.corpus import compressed_nats_per_byte
+from speedrun.data import DataError, StepBatch
 from speedrun.evaluate import evaluate
 from speedrun.model import GPT, LossWeights, MicroBatch
 from speedrun.optim import Optimizer
 from speedrun.plot import plot_loss
-from speedrun.runlog import Clock, RunError, RunLog, new_run_folder
+from speedrun.runlog import Clock, LossQueue, RunError, RunLog, new_run_folder
 from speedrun.schedule import Schedule, StepPlan, scaled
-
-DATA_FOLDER = Path("data")  # of corpora and fetched shards, in the working directory
-FINEWEB_FOLDER = DATA_FOLDER / "fineweb10B"
+from speedrun.sources import (
+    DataSource,
+    batch_shapes,
+    model_for,
+    open_data,
+    preflight,
+    training_loader,
+    validation_data,
+)
 
 
 def main(args: argparse.Namespace) -> None:
     """One run. Raises ConfigError, DataError or RunError with a message for the user."""
     config = configure(args)
     run = start_run(args, config)
-    data = open_data(args, config)
+    data = open_data(args.data, args.text, config)
     config = dataclasses.replace(config, model=model_for(config, data.format))
     schedule = Schedule(config.schedule)
     preflight(config, data, schedule)
@@ -71,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     warm_up(model, optimizer, schedule, config, data, run)
     losses = LossQueue()
     clock = Clock(run.device)
-    with training_loader(config, data, schedule, run) as loader:
+    with training_loader(config, data, schedule, run.comms.rank, run.comms.world_size) as loader:
         clock.start()
         for plan in schedule:
             if plan.validate:
@@ -135,72 +126,6 @@ def start_run(args: argparse.Namespace, config: Config) -> Run:
     wanted = hardware.best_precision(device) if config.precision == "auto" else config.precision
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
     return Run(Comms(rank, world_size), device, dtype, fp8=wanted == "recipe")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSource:
-    """Shards to train and validate on, and how to read them."""
-
-    train: list[Path]
-    val: list[Path]
-    format: DataFormat
-    long_documents: str
-
-
-def open_data(args: argparse.Namespace, config: Config) -> DataSource:
-    """--data, --text or the recipe's own; text becomes shards first (one rank builds)."""
-    if args.data:
-        folder = Path(args.data)
-    elif args.text:
-        folder = text_corpus(args.text, DATA_FOLDER)
-    elif config.data.default == "stdlib":
-        folder = stdlib_corpus(DATA_FOLDER / "stdlib")
-    else:
-        folder = FINEWEB_FOLDER
-    return shards_of(folder, config)
-
-
-def shards_of(folder: Path, config: Config) -> DataSource:
-    """The shards of a folder; long documents as its manifest says, else as the config does."""
-    return DataSource(
-        find_shards(folder, "train"),
-        find_shards(folder, "val"),
-        read_format(folder),
-        read_long_documents(folder) or config.data.long_documents,
-    )
-
-
-def model_for(config: Config, format: DataFormat) -> ModelConfig:
-    """The model's config with the data's vocabulary; ConfigError where the two disagree."""
-    if config.model.vocab_size not in (None, format.vocab_size):
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}, but the data's tokenizer "
-            f"{format.tokenizer!r} has {format.vocab_size} tokens: choose data or recipe to fit"
-        )
-    return dataclasses.replace(config.model, vocab_size=format.vocab_size)
-
-
-def batch_shapes(config: Config, schedule: Schedule) -> list[BatchShape]:
-    """What the loader deals: one entry a stage."""
-    shapes = []
-    for stage, start, end in zip(schedule.stages, schedule.starts, schedule.ends, strict=True):
-        tokens = stage.tokens_per_step // NUM_PARTS
-        entries = config.data.cu_seqlens_entries or cu_seqlens_entries(tokens)
-        shapes.append(BatchShape(end - start, tokens, stage.max_seq_len, entries))
-    return shapes
-
-
-def preflight(config: Config, data: DataSource, schedule: Schedule) -> None:
-    """Everything about the data that would stop the run later, found before it starts."""
-    check_schedule(
-        data.train,
-        batch_shapes(config, schedule),
-        format=data.format,
-        long_documents=data.long_documents,
-        repeat=config.data.repeat,
-    )
-    for _ in validation_arrays(config, data, rank=0, world_size=1):
-        pass
 
 
 def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: Run) -> RunLog:
@@ -278,20 +203,6 @@ def warm_up(
     optimizer.restore(snapshot)
 
 
-def training_loader(config: Config, data: DataSource, schedule: Schedule, run: Run) -> TokenLoader:
-    return TokenLoader(
-        data.train,
-        batch_shapes(config, schedule),
-        format=data.format,
-        bigram_table_rows=config.model.bigram_rows,
-        sign_table_rows=config.model.sign_rows,
-        rank=run.comms.rank,
-        world_size=run.comms.world_size,
-        long_documents=data.long_documents,
-        repeat=config.data.repeat,
-    )
-
-
 def to_micro_batches(batch: StepBatch, config: Config, run: Run) -> list[MicroBatch]:
     """This rank's parts in groups of `micro_batch_parts` (fewer where the rank has fewer)."""
     num_parts, num_tokens = batch.inputs.shape
@@ -316,26 +227,11 @@ def to_micro_batches(batch: StepBatch, config: Config, run: Run) -> list[MicroBa
     return micro_batches
 
 
-def validation_arrays(config: Config, data: DataSource, rank: int, world_size: int) -> Iterator:
-    return validation_parts(
-        data.val,
-        format=data.format,
-        tokens_per_part=config.data.val_tokens_per_part,
-        num_tokens=config.data.val_tokens,
-        at_most=config.data.val_tokens_at_most,
-        bigram_table_rows=config.model.bigram_rows,
-        sign_table_rows=config.model.sign_rows,
-        rank=rank,
-        world_size=world_size,
-        cu_seqlens_entries=config.data.cu_seqlens_entries,
-    )
-
-
 def validate(model: GPT, config: Config, data: DataSource, plan: StepPlan, run: Run) -> float:
     """Mean validation loss, with this step's windows."""
 
     def batches() -> Iterator[MicroBatch]:
-        for part in validation_arrays(config, data, run.comms.rank, run.comms.world_size):
+        for part in validation_data(config, data, run.comms.rank, run.comms.world_size):
             arrays = [part.inputs, part.targets, part.cu_seqlens, part.bigram_rows, part.sign_rows]
             rows = [None if array is None else array[None] for array in arrays]
             yield from to_micro_batches(StepBatch(*rows, position=None), config, run)
@@ -356,47 +252,6 @@ def forward_backward(model: GPT, micro_batches: list[MicroBatch], plan: StepPlan
         (loss / NUM_PARTS).backward()
         total += loss.detach()
     return total
-
-
-class LossQueue:
-    """Losses on their way from the device to the log, without waiting for the device.
-
-    A non-finite loss raises RunError with its step, on all ranks alike: the loss is their sum.
-    """
-
-    def __init__(self) -> None:
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, StepPlan, float]] = deque()
-        self._tokens_done = 0
-
-    def push(self, loss: Tensor, plan: StepPlan, train_time_s: float, comms: Comms) -> None:
-        comms.all_reduce_sum([loss])
-        event = None
-        if loss.is_cuda:
-            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            loss = host.copy_(loss, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((loss, event, plan, train_time_s))
-
-    def log_ready(self, log: RunLog, wait: bool = False) -> None:
-        while self._pending:
-            loss, event, plan, train_time_s = self._pending[0]
-            if event is not None and not wait and not event.query():
-                return
-            if event is not None:
-                event.synchronize()
-            self._pending.popleft()
-            mean = loss.item() / plan.tokens_per_step
-            if not np.isfinite(mean):
-                raise RunError(
-                    f"step {plan.step}: the training loss is {mean}; the run is stopped. "
-                    "Lower optim.muon_lr or optim.adam_lr by --set, or try --set precision=float32"
-                )
-            self._tokens_done += plan.tokens_per_step
-            log.training(plan.step + 1, mean, train_time_s, self._tokens_done)
-
-    def log_all(self, log: RunLog) -> None:
-        self.log_ready(log, wait=True)
 
 
 def finish(config: Config, data: DataSource, log: RunLog) -> None:

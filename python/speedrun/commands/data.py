@@ -189,14 +189,14 @@ def _check_shard(path: Path) -> tuple[list[str], list[str]]:
 
 def _recipe_problem(name: str, folder: Path) -> str | None:
     """Why the folder's shards can't serve a recipe's schedule and validation, if they can't."""
-    from speedrun import recipes, train  # torch, which the other verbs do without
+    from speedrun import recipes, sources  # torch, which the other verbs do without
     from speedrun.schedule import Schedule
 
     try:
         config = recipes.load(name)
-        data = train.shards_of(folder, config)
-        train.model_for(config, data.format)
-        train.preflight(config, data, Schedule(config.schedule))
+        data = sources.shards_of(folder, config)
+        sources.model_for(config, data.format)
+        sources.preflight(config, data, Schedule(config.schedule))
     except ValueError as error:  # ConfigError, DataError
         return str(error)
     print(f"{folder}: enough for recipe {name}")

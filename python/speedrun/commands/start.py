@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from speedrun import recipes, train
+from speedrun import recipes, sources, train
 from speedrun.config import NUM_PARTS
 from speedrun.fetch import FetchError, fetch_shards
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         data = recipes.load(args.recipe).data
         if data.default == "fineweb" and not (args.data or args.text):
-            fetch_shards(train.FINEWEB_FOLDER, data.train_shards)
+            fetch_shards(sources.FINEWEB_FOLDER, data.train_shards)
     except (FetchError, ValueError) as error:
         print(f"speedrun: error: {error}", file=sys.stderr)
         return 1

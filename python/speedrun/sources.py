@@ -1,0 +1,126 @@
+"""What a run reads: which shards, in what shapes, and whether they will do; then the batches.
+
+Everything here is the same on every rank but for the parts that it is dealt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from speedrun.config import NUM_PARTS, Config, ConfigError, ModelConfig
+from speedrun.corpus import stdlib_corpus, text_corpus
+from speedrun.data import (
+    BatchShape,
+    DataFormat,
+    Part,
+    TokenLoader,
+    check_schedule,
+    cu_seqlens_entries,
+    find_shards,
+    read_format,
+    read_long_documents,
+    validation_parts,
+)
+from speedrun.schedule import Schedule
+
+DATA_FOLDER = Path("data")  # of corpora and fetched shards, in the working directory
+FINEWEB_FOLDER = DATA_FOLDER / "fineweb10B"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """Shards to train and validate on, and how to read them."""
+
+    train: list[Path]
+    val: list[Path]
+    format: DataFormat
+    long_documents: str
+
+
+def open_data(data: Path | None, text: Path | None, config: Config) -> DataSource:
+    """--data, --text or the recipe's own; text becomes shards first (one rank builds)."""
+    if data:
+        folder = Path(data)
+    elif text:
+        folder = text_corpus(text, DATA_FOLDER)
+    elif config.data.default == "stdlib":
+        folder = stdlib_corpus(DATA_FOLDER / "stdlib")
+    else:
+        folder = FINEWEB_FOLDER
+    return shards_of(folder, config)
+
+
+def shards_of(folder: Path, config: Config) -> DataSource:
+    """The shards of a folder; long documents as its manifest says, else as the config does."""
+    return DataSource(
+        find_shards(folder, "train"),
+        find_shards(folder, "val"),
+        read_format(folder),
+        read_long_documents(folder) or config.data.long_documents,
+    )
+
+
+def model_for(config: Config, format: DataFormat) -> ModelConfig:
+    """The model's config with the data's vocabulary; ConfigError where the two disagree."""
+    if config.model.vocab_size not in (None, format.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}, but the data's tokenizer "
+            f"{format.tokenizer!r} has {format.vocab_size} tokens: choose data or recipe to fit"
+        )
+    return dataclasses.replace(config.model, vocab_size=format.vocab_size)
+
+
+def batch_shapes(config: Config, schedule: Schedule) -> list[BatchShape]:
+    """What the loader deals: one entry a stage."""
+    shapes = []
+    for stage, start, end in zip(schedule.stages, schedule.starts, schedule.ends, strict=True):
+        tokens = stage.tokens_per_step // NUM_PARTS
+        entries = config.data.cu_seqlens_entries or cu_seqlens_entries(tokens)
+        shapes.append(BatchShape(end - start, tokens, stage.max_seq_len, entries))
+    return shapes
+
+
+def preflight(config: Config, data: DataSource, schedule: Schedule) -> None:
+    """Everything about the data that would stop the run later, found before it starts."""
+    check_schedule(
+        data.train,
+        batch_shapes(config, schedule),
+        format=data.format,
+        long_documents=data.long_documents,
+        repeat=config.data.repeat,
+    )
+    for _ in validation_data(config, data, rank=0, world_size=1):
+        pass
+
+
+def training_loader(
+    config: Config, data: DataSource, schedule: Schedule, rank: int, world_size: int
+) -> TokenLoader:
+    return TokenLoader(
+        data.train,
+        batch_shapes(config, schedule),
+        format=data.format,
+        bigram_table_rows=config.model.bigram_rows,
+        sign_table_rows=config.model.sign_rows,
+        rank=rank,
+        world_size=world_size,
+        long_documents=data.long_documents,
+        repeat=config.data.repeat,
+    )
+
+
+def validation_data(config: Config, data: DataSource, rank: int, world_size: int) -> Iterator[Part]:
+    return validation_parts(
+        data.val,
+        format=data.format,
+        tokens_per_part=config.data.val_tokens_per_part,
+        num_tokens=config.data.val_tokens,
+        at_most=config.data.val_tokens_at_most,
+        bigram_table_rows=config.model.bigram_rows,
+        sign_table_rows=config.model.sign_rows,
+        rank=rank,
+        world_size=world_size,
+        cu_seqlens_entries=config.data.cu_seqlens_entries,
+    )
