@@ -199,8 +199,11 @@ def kernel_objects(folder: Path) -> dict[str, str]:
     return objects
 
 
-def build(*targets: str) -> Path:
-    """Builds targets (none: all, with the tests) in the folder that pip uses; returns it."""
+def build(*targets: str, cuda: bool = True) -> Path:
+    """Builds targets (none: all, with the tests) in the folder that pip uses; returns it.
+
+    `cuda`: the kernels too where nvcc is.
+    """
     setup = load_script(ROOT / "setup.py")
     compiler = setup.find_compiler()
     if problem := setup.missing_tool(compiler):
@@ -208,7 +211,7 @@ def build(*targets: str) -> Path:
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
-            cuda = bool(setup.find_nvcc())
+            cuda = cuda and bool(setup.find_nvcc())
             return setup.run_cmake(compiler, cuda, *targets, SPEEDRUN_TESTS="ON")
     except SystemExit as problem:
         raise RuntimeError(f"{output.getvalue()[-4000:]}\n{problem}") from None

@@ -1,7 +1,8 @@
 """The build: CMake's targets, what the CUDA compiler says, what _C needs, and bare machines.
 
 The build folder is that of pip and of benchmarks/static_check.py, and is kept: only the first run
-compiles everything.
+compiles everything. That takes minutes with the kernels, so tests of these are slow ones; .ci/run
+runs them in full.
 """
 
 import importlib.util
@@ -25,16 +26,25 @@ from benchmarks import static_check  # noqa: E402
 
 setup = static_check.load_script(ROOT / "setup.py")
 NVCC = setup.find_nvcc()
-needs_nvcc = pytest.mark.skipif(not NVCC, reason="needs nvcc, which is not on this machine")
+WITH_KERNELS = pytest.param(
+    True,
+    marks=[
+        pytest.mark.skipif(not NVCC, reason="needs nvcc, which is not on this machine"),
+        pytest.mark.slow,
+        pytest.mark.timeout(3600),
+    ],
+    id="kernels",
+)
+with_kernels = pytest.mark.parametrize("build", [WITH_KERNELS], indirect=True)
 
 
-@pytest.fixture(scope="session")
-def build() -> Path:
-    """Folder with every target built: kernels too where nvcc is."""
+@pytest.fixture(scope="session", params=[pytest.param(False, id="host"), WITH_KERNELS])
+def build(request) -> Path:
+    """Folder with every target built."""
     missing = setup.missing_tool(setup.find_compiler())
     if missing:
         pytest.skip(f"can't build: {missing}")
-    return static_check.build()
+    return static_check.build(cuda=request.param)
 
 
 def compiler_output(folder: Path) -> dict[str, str | None]:
@@ -51,7 +61,7 @@ def test_compiles_without_warnings(build):
         assert not re.search("warning", text, re.IGNORECASE), f"{name}:\n{text}"
 
 
-@needs_nvcc
+@with_kernels
 def test_kernels_do_not_spill(build):
     archs = {"kernels.dir": {"sm_80", "sm_89", "sm_90a"}, "hopper_kernels.dir": {"sm_90a"}}
     found = 0
@@ -66,7 +76,7 @@ def test_kernels_do_not_spill(build):
     assert found
 
 
-@needs_nvcc
+@with_kernels
 def test_sass_moves_16_bytes_at_a_time(build):
     cuobjdump = static_check.find_cuobjdump()
     if cuobjdump is None:
@@ -97,7 +107,7 @@ def has_kernel():
 """
 
 
-@needs_nvcc
+@with_kernels
 @pytest.mark.parametrize("library_first", [True, False])
 def test_c_imports_and_registers(build, library_first):
     """Under whichever torch is here, the CPU's included, before or after the schema."""
@@ -113,7 +123,7 @@ def test_c_imports_and_registers(build, library_first):
     assert run.returncode == 0, run.stderr
 
 
-@needs_nvcc
+@with_kernels
 def test_c_knows_what_it_was_built_from(build):
     code = LOAD_C + "load_library()\nprint(sys.modules['speedrun._C'].source_hashes)"
     command = [sys.executable, "-c", code, build / "_C.abi3.so"]
@@ -122,7 +132,7 @@ def test_c_knows_what_it_was_built_from(build):
     assert json.loads(run.stdout) == hashes and "transpose" in hashes, run.stderr
 
 
-@needs_nvcc
+@with_kernels
 def test_c_needs_only_stable_symbols(build):
     for tool in ("nm", "readelf"):
         if not shutil.which(tool):
