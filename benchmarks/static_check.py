@@ -4,8 +4,8 @@
 
 Compiles the CUDA kernels, in the build folder that pip and the tests use too, where nvcc is, and
 the Triton kernels; prints a row for each (columns: benchmarks/README.md). Without arguments: the
-stems whose files differ from the last commit on main: from branch origin/main, or main, where HEAD
-is another commit, else from the commit before HEAD; files not committed count as well.
+stems whose files differ from the last commit on main (branch origin/main, or main); files not
+committed count as well. On main itself, or where git can't tell: all.
 
 Exit code 1: a kernel spills, ptxas made wgmma serial or ignored setmaxnreg, or an instruction of
 REQUIRED is missing. cuobjdump: from PATH, the toolkit, or the triton wheel.
@@ -145,7 +145,8 @@ def stems_by_language() -> dict[str, list[str]]:
 
 
 def changed_files(root: Path = ROOT) -> list[str] | None:
-    """Since the last commit on main, with those not committed; None where git can't tell."""
+    """Since the last commit on main, with those not committed; None where that can't be told,
+    as on main itself: its last commits may have come together."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -153,12 +154,13 @@ def changed_files(root: Path = ROOT) -> list[str] | None:
 
     try:
         head = git("rev-parse", "HEAD")
-        base = f"{head}~1"
         for branch in ("refs/remotes/origin/main", "refs/heads/main"):
             found = git("for-each-ref", "--format=%(objectname)", branch)
             if found and found != head:
                 base = git("merge-base", found, head)
                 break
+        else:
+            return None
         changed = git("diff", "--name-only", base)
         return (changed + "\n" + git("ls-files", "--others", "--exclude-standard")).split()
     except (OSError, subprocess.CalledProcessError):

@@ -264,9 +264,8 @@ def test_changes_are_since_the_last_commit_on_main(tmp_path):
     git("init", "-b", "main")
     commit("first")
     commit("second")
-    assert static_check.changed_files(tmp_path) == ["second"]
+    assert static_check.changed_files(tmp_path) is None  # on main: all may have changed
     (tmp_path / "new").write_text("x")
-    assert static_check.changed_files(tmp_path) == ["second", "new"]
     git("checkout", "-b", "work")
     commit("third")
     commit("fourth")
