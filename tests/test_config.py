@@ -6,7 +6,9 @@ import json
 import pytest
 
 from speedrun import recipes
-from speedrun.config import ConfigError, LayerSpec, MLPConfig, apply_overrides, check, to_dict
+from speedrun.config import ConfigError, LayerSpec, MLPConfig, to_dict
+from speedrun.config_check import check
+from speedrun.overrides import apply_overrides
 from speedrun.schedule import Schedule, scaled
 from train_helpers import small_config
 
@@ -165,7 +167,7 @@ IMPOSSIBLE = [
     ("optim.muon_lr=nan", "optim.muon_lr=nan: must be greater than 0"),
     ("optim.adam_lr=-1", "optim.adam_lr=-1.0: must be greater than 0"),
     ("optim.muon_beta2=1", "optim.muon_beta2=1.0: must be in [0, 1)"),
-    ("optim.adam_interval=0", "optim.adam_interval=0: must be greater than 0"),
+    ("schedule.adam_interval=0", "schedule.adam_interval=0: must be greater than 0"),
     ("optim.adam_table.embed.beta2=1", "optim.adam_table.embed=(0.9, 1.0): betas are in [0, 1)"),
     ("data.val_tokens=0", "data.val_tokens=0: must be greater than 0, or None for all"),
     ("data.val_tokens_per_part=-8", "data.val_tokens_per_part=-8: must be greater than 0"),

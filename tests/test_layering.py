@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "triton_kernels": set(),
     "ops": {"ops", "reference", "triton_kernels", "_C"},
     "config": set(),
+    "config_check": {"config"},
+    "overrides": {"config"},
     "schedule": {"config"},
     "recipes": {"config", "recipes"},
     "model": {"ops", "config"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from speedrun.config import LayerSpec, MLPConfig
+from speedrun.config import LayerSpec, MLPConfig, Windows
 from speedrun.model import GPT, Fp8MLPState, LossWeights, shifted_targets
 from speedrun.ops.relu2_mlp import Gemms
 from train_helpers import (
@@ -23,7 +23,7 @@ from train_helpers import (
 CONFIG = small_config().model
 PLAIN = dataclasses.replace(CONFIG, bigram_rows=0, bigram_dim=0, sign_rows=0)
 SHORT, LONG, NONE = LayerSpec(), LayerSpec(window="long"), LayerSpec(attention=None)
-WINDOWS = (3, 7)
+WINDOWS = Windows(3, 7)
 
 
 def random_model(config=CONFIG, dtype=torch.float64):
@@ -38,7 +38,7 @@ def random_model(config=CONFIG, dtype=torch.float64):
 
 def forward(model, batch, windows=WINDOWS):
     with torch.no_grad():
-        return model(batch, model.plan_windows(batch, *windows))
+        return model(batch, model.plan_windows(batch, windows))
 
 
 def definition(model, batch, windows):
@@ -86,12 +86,12 @@ def definition(model, batch, windows):
 @pytest.mark.parametrize(
     ("config", "windows"),
     [
-        pytest.param(CONFIG, (1, 1), id="windows of 1"),
+        pytest.param(CONFIG, Windows(1, 1), id="windows of 1"),
         pytest.param(CONFIG, WINDOWS, id="bigram and signs"),
         pytest.param(PLAIN, WINDOWS, id="plain"),
         pytest.param(
             dataclasses.replace(PLAIN, layers=(LONG, NONE, SHORT)),
-            (2, 50),
+            Windows(2, 50),
             id="a layer without attention",
         ),
     ],
@@ -153,7 +153,7 @@ def test_first_loss_is_that_of_a_guess():
     model = GPT(CONFIG)
     model.init_weights(0)
     batch = make_batch(CONFIG, 2, [0, 40])
-    loss = model.validation_loss(batch, model.plan_windows(batch, *WINDOWS)) / 80
+    loss = model.validation_loss(batch, model.plan_windows(batch, WINDOWS)) / 80
     assert loss.item() == pytest.approx(math.log(32), abs=0.05)
 
 
@@ -165,7 +165,7 @@ def test_validation_loss_in_pieces(monkeypatch):
     expected = torch.nn.functional.cross_entropy(
         logits, batch.targets_PT.flatten(), reduction="sum"
     )
-    plans = model.plan_windows(batch, *WINDOWS)
+    plans = model.plan_windows(batch, WINDOWS)
     for at_once in (1, 7 * 32, 1 << 24):
         monkeypatch.setattr("speedrun.model.LOGITS_AT_ONCE", at_once)
         loss = model.validation_loss(batch, plans)
@@ -205,14 +205,14 @@ def test_layer_without_attention():
     assert model.qk_bank.shape[0] == model.vo_bank.shape[0] == 0
     tokens = np.random.default_rng(0).integers(0, 29, (1, 13))
     assert changed_logits(model, tokens, 5, [0, 12]) == [5]
-    assert model.plan_windows(make_batch(PLAIN, 1, [0, 4]), 1, 2) == {}
+    assert model.plan_windows(make_batch(PLAIN, 1, [0, 4]), WINDOWS) == {}
 
 
 def gradients(model, batches, weights):
     model.zero_grad()
     total = 0
     for batch in batches:
-        loss = model.training_loss(batch, model.plan_windows(batch, *WINDOWS), LossWeights(weights))
+        loss = model.training_loss(batch, model.plan_windows(batch, WINDOWS), LossWeights(weights))
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -239,7 +239,7 @@ def test_gradient_by_finite_differences(name):
     below 1e−6.
     """
     model, batch = random_model(), make_batch(CONFIG, 2, [0, 5, 6, 14])
-    plans, weights = model.plan_windows(batch, *WINDOWS), LossWeights((1.0, 0.5))
+    plans, weights = model.plan_windows(batch, WINDOWS), LossWeights((1.0, 0.5))
     model.training_loss(batch, plans, weights).backward()
     parameters = [p for key, p in model.named_parameters() if name in ("all", key)]
     directions = [normal(*p.shape, seed=100 + i) for i, p in enumerate(parameters)]
@@ -287,7 +287,7 @@ def test_targets_stay_in_their_part():
 def test_losses_are_sums_over_positions():
     """Weighted, of the targets one, two and three ahead, from the model's own logits."""
     model, batch = random_model(), make_batch(CONFIG, 2, [0, 3, 9])
-    plans = model.plan_windows(batch, *WINDOWS)
+    plans = model.plan_windows(batch, WINDOWS)
     with torch.no_grad():
         logs = (23 * torch.sigmoid((model(batch, plans) + 5) / 7.5)).log_softmax(-1).view(2, 9, -1)
         sums = []
@@ -309,7 +309,7 @@ def test_bf16():
     exact.load_state_dict(model.state_dict())
     batch = make_batch(CONFIG, 2, [0, 5, 40])
     losses = [
-        m.training_loss(batch, m.plan_windows(batch, *WINDOWS), LossWeights())
+        m.training_loss(batch, m.plan_windows(batch, WINDOWS), LossWeights())
         for m in (exact, model)
     ]
     losses[1].backward()
@@ -332,7 +332,7 @@ def fp8_model(**choices):
 def train_once(model, batch, own_amax=True):
     """The loss, with gradients in the parameters."""
     model.refresh_fp8(own_amax)
-    windows = model.plan_windows(batch, *WINDOWS)
+    windows = model.plan_windows(batch, WINDOWS)
     loss = model.training_loss(batch, windows, LossWeights())
     loss.backward()
     return loss.item()
@@ -393,14 +393,14 @@ def test_fp8_trains_near_bf16(choices):
 def test_training_begins_with_a_refresh():
     model, batch = fp8_model(), make_batch(CONFIG, 1, [0, 5, 40])
     with pytest.raises(RuntimeError, match="refresh_fp8 begins each step"):
-        model.training_loss(batch, model.plan_windows(batch, *WINDOWS), LossWeights())
+        model.training_loss(batch, model.plan_windows(batch, WINDOWS), LossWeights())
 
 
 def test_validation_knows_no_fp8():
     batch = make_batch(CONFIG, 1, [0, 5, 40])
     plain, model = random_model(dtype=torch.bfloat16), fp8_model()
     with torch.no_grad():
-        losses = [m.validation_loss(batch, m.plan_windows(batch, *WINDOWS)) for m in (plain, model)]
+        losses = [m.validation_loss(batch, m.plan_windows(batch, WINDOWS)) for m in (plain, model)]
     assert losses[0] == losses[1]
     assert (model.fp8_mlp.post_scale_L == 1).all()
 

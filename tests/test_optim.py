@@ -10,7 +10,15 @@ from torch import nn
 from numerics import assert_same_bits
 from speedrun import optim
 from speedrun.comms import Comms
-from speedrun.config import AdamRow, ConfigError, MuonRow, OptimConfig, ScheduleConfig, Stage
+from speedrun.config import (
+    AdamRow,
+    ConfigError,
+    MuonRow,
+    OptimConfig,
+    ScheduleConfig,
+    Stage,
+    Windows,
+)
 from speedrun.model import GPT, LossWeights
 from speedrun.ops.normuon_step import join_bits
 from speedrun.optim import Optimizer
@@ -108,7 +116,7 @@ def test_schedule_of_the_public_run(public):
     for step, (number, lr, mu, adam, *_) in enumerate(public["schedule"].tolist()):
         plan = PLANS.plan(step)
         assert (plan.step, plan.lr, plan.momentum) == pytest.approx((number, lr, mu), rel=1e-13)
-        assert Optimizer([], RECORD, Comms()).adam_runs(step) == bool(adam)
+        assert plan.adam == bool(adam)
 
 
 @pytest.mark.parametrize("name", ADAM_NAMES)
@@ -218,7 +226,7 @@ def test_restore_puts_fp8_scales_back():
     model.init_weights(0)
     optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.buffers)
     batch = make_batch(config.model, 1, [0, 5, 40])
-    windows = model.plan_windows(batch, 3, 7)
+    windows = model.plan_windows(batch, Windows(3, 7))
 
     def losses():
         found = []
@@ -251,10 +259,10 @@ def test_snapshot_holds_copies():
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_adam_interval(interval):
     """Adam moves at the end of each interval, with the sum of its gradients; Muon each step."""
-    config = dataclasses.replace(small_config().optim, adam_interval=interval)
+    config = small_config().optim
     embed, bank = nn.Parameter(normal(4, 3)), nn.Parameter(normal(2, 4, 4))
     optimizer = Optimizer([("embed", embed), ("qk_bank", bank)], config, Comms())
-    schedule = Schedule(small_config().schedule)
+    schedule = Schedule(dataclasses.replace(small_config().schedule, adam_interval=interval))
     for step in range(2 * interval):
         before = embed.clone(), bank.clone()
         add_gradients(
@@ -280,11 +288,11 @@ def test_adam_takes_the_sum_of_the_interval():
     moments = []
     for interval, grads in ((2, gradients), (1, [sum(gradients)])):
         embed = nn.Parameter(normal(4, 3))
-        table = dataclasses.replace(config, adam_interval=interval)
-        optimizer = Optimizer([("embed", embed)], table, Comms())
+        schedule = Schedule(dataclasses.replace(small_config().schedule, adam_interval=interval))
+        optimizer = Optimizer([("embed", embed)], config, Comms())
         for step, gradient in enumerate(grads):
             add_gradients({"embed": embed}, {"embed": gradient})
-            optimizer.step(Schedule(small_config().schedule).plan(step))
+            optimizer.step(schedule.plan(step))
         moments.append((embed.detach(), optimizer.adams[0].exp_avg))
     for found, expected in zip(*moments, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)

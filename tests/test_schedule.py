@@ -7,38 +7,15 @@ import itertools
 import numpy as np
 import pytest
 
-from speedrun.config import ConfigError, ScheduleConfig, Stage
+from speedrun import recipes
+from speedrun.config import ConfigError, Windows
 from speedrun.schedule import Schedule, learning_rate, momentum, scaled, stage_ends
 from train_helpers import golden, small_config
 
-# RECIPE section 5, the table: tokens a step, max_seq_len, windows, rates and loss weights.
-RECORD = ScheduleConfig(
-    num_steps=1270,
-    stages=(
-        Stage(
-            131_072,
-            896,
-            1 * 128,
-            3 * 128,
-            multi_token_weights=((1.0, 1.0), (0.5, 0.5), (0.25, 0.0)),
-            prefix_weight=(0.25, 0.25),
-        ),
-        Stage(
-            262_144,
-            2048,
-            3 * 128,
-            7 * 128,
-            lr_factor=1.52,
-            multi_token_weights=((1.0, 1.0), (0.5, 0.0)),
-            prefix_weight=(0.25, 0.0),
-        ),
-        Stage(393_216, 2048, 5 * 128, 11 * 128, lr_factor=1.73),
-    ),
-    extension_steps=15,
-    extension=Stage(393_216, 2048, 6 * 128, 13 * 128, lr_factor=0.15),
-    final_windows=(6 * 128, 20 * 128),
-)
+RECORD = recipes.load("record_089").schedule
 BOUNDARIES = [0, 423, 847, 1270, 1285]  # of the stages, the extension and the end
+
+YARN = ((384, 896), (896, 1408), (1408, 1664))  # growth of the long window
 
 # Floats of the two programs come from a few float64 operations in another order.
 FLOATS = dict(rel=1e-13, abs=1e-13)
@@ -57,19 +34,27 @@ def rows(shared_data):
 
 def test_each_step_of_the_record(plans, rows):
     assert len(plans) == len(rows) == 1286
+    grown = []
     for plan, row in zip(plans, rows, strict=True):
         trains = row["trains"] == "1"
         assert plan.last == (not trains)
         assert plan.step == int(row["step"])
         assert plan.stage == int(row["stage"]) - 1
-        assert (plan.window_short, plan.window_long) == (
+        assert plan.windows[:2] == (
             int(row["window_short"]),
             int(row["window_long"]),
         )
         assert plan.validate == (row["validate"] == "1")
         weights = [float(row[f"w{n}"]) for n in (1, 2, 3) if row[f"w{n}"]]
         assert len(plan.multi_token_weights) == int(row["num_targets"])
+        growth = (int(row["yarn_from"]), int(row["yarn_to"])) if row["yarn_to"] else None
+        if growth:
+            grown.append(growth)
+        assert plan.windows.yarn == tuple(grown)
         if trains:
+            assert plan.adam == (row["adam"] == "1")
+            assert plan.tied == (row["tied_update"] == "1") or not plan.adam
+            assert plan.split == (row["split_after"] == "1")
             assert plan.fp8_down_own_amax == (row["fp8_down_own_amax"] == "1")
             assert plan.lr == pytest.approx(float(row["lr"]), **FLOATS)
             assert plan.momentum == pytest.approx(float(row["momentum"]), **FLOATS)
@@ -87,7 +72,7 @@ def test_arrays_of_the_record(plans, shared_data):
     weights = [
         plan.multi_token_weights + (0.0,) * (3 - len(plan.multi_token_weights)) for plan in steps
     ]
-    windows = [(plan.window_short // 128, plan.window_long // 128) for plan in steps]
+    windows = [(plan.windows.short // 128, plan.windows.long // 128) for plan in steps]
     np.testing.assert_allclose([plan.lr for plan in steps], arrays["lr"], rtol=1e-13)
     np.testing.assert_array_equal(
         [plan.tokens_per_step for plan in steps], arrays["tokens_per_step"]
@@ -107,9 +92,7 @@ def test_arrays_of_the_record(plans, shared_data):
         (423, "lr", 1.0, 1.52),
         (847, "tokens_per_step", 262_144, 393_216),
         (847, "max_seq_len", 2048, 2048),
-        (1270, "window_long", 1408, 1664),
         (1270, "lr", None, 0.15),
-        (1285, "window_long", 1664, 2560),
         (300, "momentum", 0.85 + 0.1 * 299 / 300, 0.95),
         (1235, "momentum", 0.95, 0.95),
         (1236, "momentum", 0.95, 0.948),
@@ -125,6 +108,49 @@ def test_boundaries(step, name, before, at):
     if before is not None:
         assert getattr(schedule.plan(step - 1), name) == pytest.approx(before, **digits)
     assert getattr(schedule.plan(step), name) == pytest.approx(at, **digits)
+
+
+@pytest.mark.parametrize(
+    ("step", "windows"),
+    [
+        (422, Windows(128, 384)),
+        (423, Windows(384, 896, YARN[:1])),
+        (846, Windows(384, 896, YARN[:1])),
+        (847, Windows(640, 1408, YARN[:2])),
+        (1269, Windows(640, 1408, YARN[:2])),
+        (1270, Windows(768, 1664, YARN)),
+        (1284, Windows(768, 1664, YARN)),
+        (1285, Windows(768, 2560, YARN)),  # frequencies stay as they were trained
+    ],
+)
+def test_windows(step, windows):
+    assert Schedule(RECORD).plan(step).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("frac", "interval", "step"),
+    [(2 / 3, 2, 847), (2 / 3, 1, 847), (0.5, 2, 635), (0.5, 4, 635), (0.5, 3, 635), (0.7, 2, 889)],
+)
+def test_embedding_and_head_part_at_an_update(frac, interval, step):
+    config = dataclasses.replace(RECORD, untie_frac=frac, adam_interval=interval)
+    plans = list(Schedule(config))
+    assert [plan.step for plan in plans if plan.split] == [step]
+    assert plans[step].adam
+    assert all(plan.tied == (plan.step <= step) for plan in plans)
+
+
+@pytest.mark.parametrize(("frac", "tied"), [(0.0, False), (1.0, True)])
+def test_embedding_and_head_never_part(frac, tied):
+    plans = list(Schedule(dataclasses.replace(RECORD, untie_frac=frac)))
+    assert not any(plan.split for plan in plans)
+    assert all(plan.tied == tied for plan in plans)
+
+
+def test_techniques_switched_off():
+    off = dict(multi_token=False, prefix_loss=False, window_warmup=False, yarn=False)
+    for plan in list(Schedule(dataclasses.replace(RECORD, **off)))[:-1]:
+        assert plan.multi_token_weights == (1.0,) and plan.prefix_weight == 0
+        assert plan.windows == Windows(768, 1664)
 
 
 def test_last_training_step():
@@ -223,4 +249,4 @@ def test_small_config_has_all_it_should():
     """What the other tests build on: two stages, an extension, final windows."""
     schedule = Schedule(small_config().schedule)
     assert (schedule.starts, schedule.ends) == ([0, 15, 30], [15, 30, 33])
-    assert schedule.plan(33).window_long == 64 and schedule.plan(32).window_long == 48
+    assert schedule.plan(33).windows.long == 64 and schedule.plan(32).windows.long == 48

@@ -114,7 +114,7 @@ def test_config_file(first_run, folder):
     """What was set, and the vocabulary that came with the data."""
     config = json.loads((folder / "one" / "config.json").read_text())
     assert config["model"]["vocab_size"] == BYTES.vocab_size
-    assert config["optim"]["adam_interval"] == 2
+    assert config["schedule"]["adam_interval"] == 2
     assert [stage["tokens_per_step"] for stage in config["schedule"]["stages"]] == [1024] * len(
         recipes.load("tiny").schedule.stages
     )
@@ -240,7 +240,7 @@ def test_gradient_of_a_step(ranks, group):
     whole = make_batch(config.model, 8, [0, 5, 20])
     model = GPT(config.model, torch.float64)
     model.init_weights(0)
-    windows = model.plan_windows(whole, plan.window_short, plan.window_long)
+    windows = model.plan_windows(whole, plan.windows)
     loss = model.training_loss(whole, windows, LossWeights())
     expected = torch.autograd.grad(loss / 8, list(model.parameters()))
     rows = [whole.inputs_PT, whole.targets_PT, np.tile([0, 5, 20], (8, 1))]

@@ -184,6 +184,6 @@ def test_a_shard_that_goes_bad_stops_every_rank(folder, tmp_path, how):
 def test_a_final_loss_that_is_not_finite_stops_the_run(refused, folder, tmp_path):
     """The last update goes wrong, which only the last validation can see."""
     last = len(recipes.load("tiny").schedule.stages) - 1
-    sets = tiny_sets(schedule__num_steps=last + 1, optim__adam_interval=1)
+    sets = tiny_sets(schedule__num_steps=last + 1, schedule__adam_interval=1)
     sets += ["--set", f"schedule.stages.{last}.lr_factor=1e15"]
     refused("--text", "text.txt", "--out", tmp_path / "run", *sets)

@@ -142,7 +142,7 @@ def tiny_sets(**changes: Any) -> list[str]:
         "data.val_tokens": 2048,
         "data.val_tokens_per_part": 256,
         "data.repeat": "true",
-        "optim.adam_interval": 2,
+        "schedule.adam_interval": 2,
         "micro_batch_parts": 8,
         "log_interval": 2,
         "precision": "auto",

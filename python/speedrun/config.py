@@ -1,4 +1,4 @@
-"""Every number that changes a result: frozen dataclasses, and the parsing of `--set a.b=value`.
+"""Every number that changes a result, as frozen dataclasses.
 
 A recipe (`speedrun/recipes/<name>.py`) builds one `Config`. Nothing here knows a device, rank or
 file: a config can be printed, compared and stored. Units: tokens for windows and lengths unless a
@@ -8,11 +8,9 @@ name says otherwise; steps count from 0.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # Rules of the game (records README of the public speedrun; RECIPE: task).
 TARGET_LOSS_MAIN = 3.28  # nats per token, FineWeb validation
@@ -26,22 +24,53 @@ class ConfigError(ValueError):
     """A config value that can't work. The message names the key, the value and what is allowed."""
 
 
+class Windows(NamedTuple):
+    """Attention windows of one step, in tokens: a window of w shows keys t−w … t.
+
+    `yarn`: the long windows (from, to) over which rotary frequencies were stretched so far.
+    """
+
+    short: int
+    long: int
+    yarn: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """The role of one layer. `attention=None` leaves the attention out."""
+    """The roles of one layer (RECIPE section 3). `ModelConfig` has a switch for each kind of role."""
 
-    attention: Literal["causal"] | None = "causal"
-    window: Literal["short", "long"] = "short"
+    attention: Literal["causal"] | None = "causal"  # None: no attention in this layer
+    window: Literal["short", "long"] = "short"  # long ones have the partial key offset
+    paired: bool = False  # heads j and j + H/2 attend as one sequence of twice the length
+    value_embed: bool = False  # gated rows of a table of its own are added to the values
+    xsa: bool = False  # exclusive self-attention: the own value's direction is taken out
+    gated: bool = False  # a factor for each head and token behind attention
+    dc: bool = False  # dynamically composed attention: heads share their weights' mixture
+    shared_input: bool = False  # attention reads x as last saved instead of its own
+    skip: bool = False  # a gated share of x as last saved is added first
+    save: bool = False  # x behind this layer is kept for skip, shared_input and mudd
+    mudd: bool = False  # a network mixes saved x into values, residual and MLP; at most one layer
+    gate_net: Literal["pre", "post"] = "pre"  # whose gates: of x0, or of x before the first "post"
 
     WORDS: typing.ClassVar = {
         "short": {"window": "short"},
         "long": {"window": "long"},
         "none": {"attention": None},
+        "paired": {"paired": True},
+        "ve": {"value_embed": True},
+        "xsa": {"xsa": True},
+        "gated": {"gated": True},
+        "dc": {"dc": True},
+        "shared": {"shared_input": True},
+        "skip": {"skip": True},
+        "save": {"save": True},
+        "mudd": {"mudd": True},
+        "post": {"gate_net": "post"},
     }
 
     @classmethod
     def parse(cls, text: str) -> LayerSpec:
-        """Read one layer from words joined by '+', as in "long" or "none"."""
+        """Read one layer from words joined by '+', as in "long" or "paired+ve"."""
         values: dict[str, Any] = {}
         for word in text.split("+"):
             if word not in cls.WORDS:
@@ -86,8 +115,26 @@ class MLPConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """Numerics of the head in training. The largest values are what FP8's scales are made for."""
+
+    fp8: bool = True  # where `precision` is "recipe"
+    x_amax: float = 100.0
+    w_amax: float = 1.6
+    grad_amax: float = 0.75
+    # The public kernel's: the gradient counts the weights of targets behind the batch's end, and
+    # the softcap's sigmoid is rounded to bf16 (in FP8 training only).
+    count_missing_targets: bool = True
+    round_sigmoid: bool = True
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the GPT. D model_dim, H num_heads, K head_dim, F mlp_hidden, V padded_vocab_size."""
+    """Sizes and techniques of the GPT.
+
+    D model_dim, H num_heads, K head_dim, F mlp_hidden, V padded_vocab_size. Each technique is one
+    field. Those that are a role of layers are on by default and do nothing until a layer has it.
+    """
 
     layers: tuple[LayerSpec, ...]
     model_dim: int
@@ -98,8 +145,27 @@ class ModelConfig:
     vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this
     bigram_rows: int = 0  # rows of the bigram hash table, 0: no table
     bigram_dim: int = 0  # the first bigram_dim columns of x receive the bigram embedding
-    bigram_scale: float = 0.05
+    bigram_scale: float = 0.05  # its factor; with gates their start value
     sign_rows: int = 0  # rows of the fixed random sign table, 0: no signs
+    smear: bool = False  # the token before is mixed into each embedding
+    # Factors for each token on x0, bigram embedding, attention, XSA, skip and DC: by a small
+    # network; learned but the same for all tokens; or none.
+    gates: Literal["network", "constant", "none"] = "none"
+    gate_hidden: int = 64  # of these networks and MUDD's
+    residual_lambdas: bool = False  # learned factors on residual stream and on layers' outputs
+    attention_lambdas: bool = False  # learned factors on the weights of QKV and of the output
+    paired_heads: bool = True
+    key_offset: bool = True  # long windows: half of each key is that of the token before
+    value_embeds: bool = True
+    value_embed_std: float = 0.01
+    xsa: bool = True
+    attention_gate: bool = True
+    dc: bool = True
+    dc_window: int = 112  # positions that DC sees: t−111 … t
+    skip: bool = True
+    shared_attention_input: bool = True
+    mudd: bool = True
+    isolate_documents: bool = False  # also what looks at neighbouring tokens stays in a document
     rotary_base: float = 1024.0
     score_scale: float = 0.1
     softcap_a: float = 23.0  # logits = a * sigmoid((z + b) / c)
@@ -107,6 +173,23 @@ class ModelConfig:
     softcap_c: float = 7.5
     embed_std: float = 0.005  # embed and lm_head start as the same N(0, embed_std^2)
     mlp: MLPConfig = field(default_factory=MLPConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    @property
+    def active_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers without the roles that are switched off."""
+        off = {
+            "paired": not self.paired_heads,
+            "value_embed": not self.value_embeds,
+            "xsa": not self.xsa,
+            "gated": not self.attention_gate,
+            "dc": not self.dc,
+            "skip": not self.skip,
+            "shared_input": not self.shared_attention_input,
+            "mudd": not self.mudd,
+        }
+        without = {role: False for role, is_off in off.items() if is_off}
+        return tuple(dataclasses.replace(layer, **without) for layer in self.layers)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -134,7 +217,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Stages share the scheduled steps equally unless `stage_ends` (fractions) says otherwise."""
+    """Stages share the scheduled steps equally unless `stage_ends` (fractions) says otherwise.
+
+    Techniques: multi_token, prefix_loss, window_warmup, yarn, untie_frac.
+    """
 
     num_steps: int  # scheduled steps, without the extension
     stages: tuple[Stage, ...]
@@ -142,6 +228,14 @@ class ScheduleConfig:
     extension_steps: int = 0
     extension: Stage | None = None  # its lr_factor is the rate itself, not blended
     final_windows: tuple[int, int] | None = None  # (short, long) of the last validation
+    multi_token: bool = True  # False: only the next token is a target
+    prefix_loss: bool = True  # False: prefix weights are 0
+    window_warmup: bool = True  # False: every stage has the last training stage's windows
+    yarn: bool = False  # rotary frequencies are stretched whenever the long window grows
+    # embed and lm_head are one parameter for this share of num_steps, and part at the first Adam
+    # step from there on. 0: two parameters from the start, 1: one to the end.
+    untie_frac: float = 0.0
+    adam_interval: int = 2  # Adam updates every so many steps, with the sum of their gradients
     val_interval: int = 250  # steps
     lr_cooldown_start_frac: float = 0.4  # of num_steps
     lr_end: float = 0.15
@@ -188,7 +282,6 @@ class OptimConfig:
     adam_lr: float = 0.008
     adam_wd: float = 0.005
     adam_eps: float = 1e-10
-    adam_interval: int = 2  # Adam updates every so many steps, with the sum of their gradients
 
 
 @dataclass(frozen=True)
@@ -217,244 +310,6 @@ class Config:
     precision: Literal["auto", "recipe", "bf16", "float32"] = "auto"
     micro_batch_parts: int = 1  # parts of a step that go through the model at once
     log_interval: int = 1  # steps between training lines of the log
-
-
-LARGEST_NUMBER = 1e15  # squared, it still fits into float32
-MAY_BE_NEGATIVE = ("model.softcap_b",)
-
-
-def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a config, with its key."""
-    if dataclasses.is_dataclass(node):
-        for f in dataclasses.fields(node):
-            yield from _numbers(getattr(node, f.name), f"{key}.{f.name}" if key else f.name)
-    elif isinstance(node, tuple):
-        for i, item in enumerate(node):
-            yield from _numbers(item, f"{key}.{getattr(item, 'name', i)}")
-    elif isinstance(node, (int, float)) and not isinstance(node, bool):
-        yield key, node
-
-
-def check(config: Config) -> None:
-    """Raise ConfigError, listing every value of `config` that can't work."""
-    problems: dict[str, str] = {}  # by key: one line for each
-
-    def require(ok: bool, key: str, value: Any, rule: str) -> None:
-        if not ok:
-            problems.setdefault(key, f"{key}={value}: {rule}")
-
-    def require_positive(section: Any, prefix: str, *names: str) -> None:
-        for name in names:
-            value = getattr(section, name)
-            require(value > 0, f"{prefix}{name}", value, "must be greater than 0")
-
-    model, schedule, optim, data = config.model, config.schedule, config.optim, config.data
-    require_positive(
-        model, "model.", "model_dim", "num_heads", "head_dim", "mlp_hidden", "vocab_multiple"
-    )
-    require_positive(model, "model.", "rotary_base", "score_scale", "softcap_a", "softcap_c")
-    require(len(model.layers) > 0, "model.layers", "()", "needs at least one layer")
-    require(model.num_heads % 2 == 0, "model.num_heads", model.num_heads, "must be even")
-    require(model.head_dim % 4 == 0, "model.head_dim", model.head_dim, "must be divisible by 4")
-    require(
-        model.num_heads * model.head_dim == model.model_dim,
-        "model.model_dim",
-        model.model_dim,
-        f"must be num_heads * head_dim = {model.num_heads * model.head_dim}",
-    )
-    require(
-        model.vocab_size is None or 0 < model.vocab_size <= 65536,
-        "model.vocab_size",
-        model.vocab_size,
-        "must be in 1..65536 (tokens are 16 bits)",
-    )
-    for f in dataclasses.fields(model.mlp):
-        value = getattr(model.mlp, f.name)
-        allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
-        require(value in allowed, f"model.mlp.{f.name}", value, f"must be {' or '.join(allowed)}")
-    require(
-        0 <= model.bigram_dim <= model.model_dim,
-        "model.bigram_dim",
-        model.bigram_dim,
-        f"must be in 0..model_dim = {model.model_dim}",
-    )
-    require(
-        (model.bigram_rows > 1) == (model.bigram_dim > 0),
-        "model.bigram_rows",
-        model.bigram_rows,
-        "the table needs at least 2 rows and bigram_dim > 0, or both 0",
-    )
-
-    require_positive(schedule, "schedule.", "num_steps", "val_interval")
-    for name in ("momentum_start", "momentum_peak"):
-        value = getattr(schedule, name)
-        require(value <= 1, f"schedule.{name}", value, "must be at most 1")
-    require_positive(schedule, "schedule.", "momentum_warmup_steps", "momentum_cooldown_steps")
-    require(
-        schedule.fp8_down_own_amax_steps > 0,
-        "schedule.fp8_down_own_amax_steps",
-        schedule.fp8_down_own_amax_steps,
-        "must be at least 1: before the first step there is no other amax",
-    )
-    require(len(schedule.stages) > 0, "schedule.stages", "()", "needs at least one stage")
-    require(
-        not schedule.stage_ends
-        or (
-            len(schedule.stage_ends) == len(schedule.stages)
-            and list(schedule.stage_ends) == sorted(schedule.stage_ends)
-            and schedule.stage_ends[-1] == 1.0
-        ),
-        "schedule.stage_ends",
-        schedule.stage_ends,
-        f"needs {len(schedule.stages)} rising fractions, the last 1.0",
-    )
-    require(
-        (schedule.extension is None) == (schedule.extension_steps == 0),
-        "schedule.extension_steps",
-        schedule.extension_steps,
-        "goes with schedule.extension: both or neither",
-    )
-    stages = list(schedule.stages) + ([schedule.extension] if schedule.extension else [])
-    for i, stage in enumerate(stages):
-        prefix = f"schedule.stages[{i}]."
-        require_positive(stage, prefix, "tokens_per_step", "max_seq_len", "window_short")
-        require(
-            stage.tokens_per_step % NUM_PARTS == 0,
-            prefix + "tokens_per_step",
-            stage.tokens_per_step,
-            f"must be divisible by {NUM_PARTS}",
-        )
-        require(
-            stage.window_long >= stage.window_short,
-            prefix + "window_long",
-            stage.window_long,
-            f"must be at least window_short = {stage.window_short}",
-        )
-        require(
-            stage.prefix_weight == (0.0, 0.0),
-            prefix + "prefix_weight",
-            stage.prefix_weight,
-            "must be 0,0: the model has no prefix targets yet",
-        )
-    require_positive(optim, "optim.", "muon_lr", "adam_lr", "adam_eps", "adam_interval")
-    require(0 <= optim.muon_beta2 < 1, "optim.muon_beta2", optim.muon_beta2, "must be in [0, 1)")
-    for row in optim.muon_table:
-        require(bool(row.lr_muls), f"optim.muon_table.{row.name}.lr_muls", "()", "needs a number")
-    for row in optim.adam_table:
-        ok = 0 <= row.beta1 < 1 and 0 <= row.beta2 < 1
-        require(ok, f"optim.adam_table.{row.name}", (row.beta1, row.beta2), "betas are in [0, 1)")
-    require_positive(data, "data.", "val_tokens_per_part", "train_shards")
-    require(
-        data.cu_seqlens_entries is None or data.cu_seqlens_entries > 1,
-        "data.cu_seqlens_entries",
-        data.cu_seqlens_entries,
-        "must be at least 2, or None for the recipe's rule",
-    )
-    require(
-        data.val_tokens is None or data.val_tokens > 0,
-        "data.val_tokens",
-        data.val_tokens,
-        "must be greater than 0, or None for all",
-    )
-    require(
-        data.val_tokens_at_most is None or data.val_tokens_at_most > 0,
-        "data.val_tokens_at_most",
-        data.val_tokens_at_most,
-        "must be greater than 0, or None for no limit",
-    )
-    require(
-        config.micro_batch_parts in (1, 2, 4, 8),
-        "micro_batch_parts",
-        config.micro_batch_parts,
-        "must be 1, 2, 4 or 8",
-    )
-    require_positive(config, "", "log_interval")
-    for key, value in _numbers(config):
-        ok = abs(value) <= LARGEST_NUMBER and (value >= 0 or key in MAY_BE_NEGATIVE)
-        require(ok, key, value, f"must be in 0..{LARGEST_NUMBER:g}")
-    if problems:
-        lines = "\n  ".join(problems.values())
-        raise ConfigError(f"recipe {config.name!r} can't run:\n  {lines}")
-
-
-def apply_overrides(config: Config, overrides: list[str]) -> Config:
-    """Return `config` with each "a.b=value" applied. Raises ConfigError with the allowed keys."""
-    for override in overrides:
-        key, eq, text = override.partition("=")
-        if not eq:
-            raise ConfigError(f"--set {override!r}: expected KEY=VALUE, as in model.num_heads=4")
-        config = _replace(config, key.strip().split("."), text.strip(), key)
-    return config
-
-
-def _replace(node: Any, path: list[str], text: str, key: str) -> Any:
-    name, rest = path[0], path[1:]
-    if isinstance(node, tuple):
-        return _replace_item(node, name, rest, text, key)
-    hints = typing.get_type_hints(type(node))
-    names = [f.name for f in dataclasses.fields(node)]
-    if name not in names:
-        raise ConfigError(f"--set {key}: no setting {name!r}; allowed here: {', '.join(names)}")
-    value = getattr(node, name)
-    if rest:
-        if not (dataclasses.is_dataclass(value) or isinstance(value, tuple)):
-            raise ConfigError(f"--set {key}: {name!r} is a value and has no settings inside")
-        return dataclasses.replace(node, **{name: _replace(value, rest, text, key)})
-    return dataclasses.replace(node, **{name: _parse(text, hints[name], key)})
-
-
-def _replace_item(node: tuple, name: str, rest: list[str], text: str, key: str) -> tuple:
-    """Tuples are addressed by index (stages) or by the `name` of their rows (optimizer tables)."""
-    keys = [getattr(item, "name", str(i)) for i, item in enumerate(node)]
-    if name not in keys or not rest:
-        wanted = "one of " + ", ".join(f"{k}.…" for k in keys)
-        raise ConfigError(f"--set {key}: expected {wanted} after the table's name")
-    i = keys.index(name)
-    return (*node[:i], _replace(node[i], rest, text, key), *node[i + 1 :])
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """Read `text` as the annotated type. Unions try their members in order, None first."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        allowed = []
-        for member in sorted(args, key=lambda m: m is not type(None)):
-            try:
-                return _parse(text, member, key)
-            except ConfigError as error:
-                allowed.append(str(error).partition("expected ")[2])
-        raise ConfigError(f"--set {key}={text!r}: expected {' or '.join(allowed)}")
-    if origin is Literal:
-        if text not in args:
-            raise ConfigError(f"--set {key}={text!r}: expected one of {', '.join(map(str, args))}")
-        return text
-    if hint is type(None):
-        if text.lower() != "none":
-            raise ConfigError(f"--set {key}={text!r}: expected none")
-        return None
-    if hint is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise ConfigError(f"--set {key}={text!r}: expected true or false")
-        return text.lower() in ("true", "1")
-    if hint in (int, float):
-        try:
-            return hint(text.replace("_", ""))
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise ConfigError(f"--set {key}={text!r}: expected {kind}") from None
-    if hint is str:
-        return text
-    if origin is tuple and args[0] is LayerSpec:
-        try:
-            return LayerSpec.parse_many(text)
-        except ConfigError as error:
-            raise ConfigError(f"--set {key}={text!r}: {error}") from None
-    if origin is tuple and args[0] in (int, float):
-        values = tuple(_parse(item, args[0], key) for item in text.split(",") if item)
-        if args[-1] is not Ellipsis and len(values) != len(args):
-            raise ConfigError(f"--set {key}={text!r}: expected {len(args)} numbers, as in 1,2")
-        return values
-    raise ConfigError(f"--set {key}: can't be set as a whole; set the values inside it")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -7,20 +7,19 @@ from collections.abc import Iterable
 import torch
 
 from speedrun.comms import Comms
+from speedrun.config import Windows
 from speedrun.model import GPT, MicroBatch
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, batches: Iterable[MicroBatch], windows: tuple[int, int], comms: Comms
-) -> float:
+def evaluate(model: GPT, batches: Iterable[MicroBatch], windows: Windows, comms: Comms) -> float:
     """Mean cross-entropy (nats a token) of this and all other ranks' `batches`.
 
-    `windows` (short, long) in tokens. Sums are kept in float64 and reduced once.
+    Sums are kept in float64 and reduced once.
     """
     total = torch.zeros(2, dtype=torch.float64, device=model.embed.device)
     for batch in batches:
-        plans = model.plan_windows(batch, *windows)
+        plans = model.plan_windows(batch, windows)
         total[0] += model.validation_loss(batch, plans)
         total[1] += batch.inputs_PT.numel()
     comms.all_reduce_sum([total])

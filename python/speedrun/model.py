@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrun.config import LayerSpec, MLPConfig, ModelConfig
+from speedrun.config import LayerSpec, MLPConfig, ModelConfig, Windows
 from speedrun.ops.attention import AttentionPlan, attention, plan_attention
 from speedrun.ops.fp8_quantize import MlpWeights, delayed_scale, refresh_mlp_weights
 from speedrun.ops.qk_norm_rope import NORM_EPS, qk_norm_rope, rotary_frequencies, rotary_table
@@ -155,9 +155,9 @@ class GPT(nn.Module):
             signs = torch.randint(0, 2, self.sign_table.shape, generator=generator)
             self.sign_table.copy_(signs * 2 - 1)
 
-    def plan_windows(self, batch: MicroBatch, short: int, long: int) -> dict[str, AttentionPlan]:
+    def plan_windows(self, batch: MicroBatch, windows: Windows) -> dict[str, AttentionPlan]:
         """One attention plan for each window that a layer uses."""
-        sizes = {"short": short, "long": long}
+        sizes = windows._asdict()
         used = {layer.window for layer in self.config.layers if layer.attention}
         num_tokens = batch.inputs_PT.numel()
         dtype = self.embed.dtype

@@ -114,10 +114,6 @@ class Optimizer:
             else:
                 self.adams.append(AdamParam(adam[name], param))
 
-    def adam_runs(self, step: int) -> bool:
-        """Adam updates on odd steps for an interval of 2, so on the last step of each interval."""
-        return (step + 1) % self.config.adam_interval == 0
-
     @torch.no_grad()
     def step(self, plan: StepPlan) -> None:
         """Reduce the gradients that are due, update their parameters, clear those gradients.
@@ -125,7 +121,7 @@ class Optimizer:
         Adam's gradients stay and add up between its updates. A missing gradient counts as zero.
         """
         due: Sequence[MuonBank | AdamParam] = self.banks
-        if self.adam_runs(plan.step):
+        if plan.adam:
             due = [*self.banks, *self.adams]
         for item in due:
             if item.param.grad is None:

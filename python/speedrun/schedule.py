@@ -10,12 +10,16 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from speedrun.config import ConfigError, ScheduleConfig, Stage
+from speedrun.config import ConfigError, ScheduleConfig, Stage, Windows
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step does. Windows and lengths in tokens; `lr` multiplies the base rates."""
+    """What one step does. Windows and lengths in tokens; `lr` multiplies the base rates.
+
+    `adam`: Adam parameters are updated, with the gradients of the whole interval; `tied`: embed and
+    lm_head are one parameter up to and in this step's update; `split`: they part behind it.
+    """
 
     step: int
     stage: int
@@ -23,11 +27,13 @@ class StepPlan:
     momentum: float
     tokens_per_step: int
     max_seq_len: int
-    window_short: int
-    window_long: int
+    windows: Windows
     multi_token_weights: tuple[float, ...]
     prefix_weight: float
     fp8_down_own_amax: bool  # FP8 copies of the MLP's down weights use their own amax
+    adam: bool
+    tied: bool
+    split: bool
     validate: bool
     last: bool  # validate, then stop: nothing is trained at this step
 
@@ -44,6 +50,8 @@ class Schedule:
             ends.append(config.total_steps)
         self.starts = [0, *ends[:-1]]
         self.ends = ends
+        self.split_step = split_step(config)
+        self.windows = stage_windows(config, self.stages)
 
     @property
     def total_steps(self) -> int:
@@ -62,10 +70,11 @@ class Schedule:
         config, index = self.config, self.stage_of(step)
         stage, last = self.stages[index], step == self.total_steps
         frac = (step - self.starts[index]) / (self.ends[index] - self.starts[index])
-        windows = (stage.window_short, stage.window_long)
-        if last and config.final_windows is not None:
-            windows = config.final_windows
-        weights = tuple(_between(start, end, frac) for start, end in stage.multi_token_weights)
+        windows = self.windows[index]
+        if last and config.final_windows is not None:  # frequencies stay as they were trained
+            windows = Windows(*config.final_windows, windows.yarn)
+        targets = stage.multi_token_weights if config.multi_token else ((1.0, 1.0),)
+        weights = tuple(_between(start, end, frac) for start, end in targets)
         return StepPlan(
             step=step,
             stage=index,
@@ -73,11 +82,13 @@ class Schedule:
             momentum=momentum(config, step),
             tokens_per_step=stage.tokens_per_step,
             max_seq_len=stage.max_seq_len,
-            window_short=windows[0],
-            window_long=windows[1],
+            windows=windows,
             multi_token_weights=weights,
-            prefix_weight=_between(*stage.prefix_weight, frac),
+            prefix_weight=_between(*stage.prefix_weight, frac) if config.prefix_loss else 0.0,
             fp8_down_own_amax=step < config.fp8_down_own_amax_steps,
+            adam=not last and adam_runs(config, step),
+            tied=self.split_step is None or step <= self.split_step,
+            split=step == self.split_step,
             validate=last or step % config.val_interval == 0,
             last=last,
         )
@@ -101,6 +112,36 @@ def stage_ends(config: ScheduleConfig) -> list[int]:
                 "take more steps"
             )
     return ends
+
+
+def adam_runs(config: ScheduleConfig, step: int) -> bool:
+    """On odd steps for an interval of 2: on the last step of each interval."""
+    return (step + 1) % config.adam_interval == 0
+
+
+def split_step(config: ScheduleConfig) -> int | None:
+    """The last step with embed and lm_head as one parameter; −1: they never were, None: always."""
+    if config.untie_frac == 0:
+        return -1
+    if config.untie_frac == 1:
+        return None
+    step = round(config.untie_frac * config.num_steps)
+    while not adam_runs(config, step):
+        step += 1
+    return step
+
+
+def stage_windows(config: ScheduleConfig, stages: tuple[Stage, ...]) -> list[Windows]:
+    """Each stage's windows, with the growth of the long one until then if YaRN follows it."""
+    sizes = [(stage.window_short, stage.window_long) for stage in stages]
+    if not config.window_warmup:
+        sizes = [sizes[-1]] * len(sizes)
+    windows, yarn = [], ()
+    for i, (short, long) in enumerate(sizes):
+        if config.yarn and i and long > sizes[i - 1][1]:
+            yarn += ((sizes[i - 1][1], long),)
+        windows.append(Windows(short, long, yarn))
+    return windows
 
 
 def learning_rate(config: ScheduleConfig, stage: Stage, step: int) -> float:

@@ -21,18 +21,14 @@ from torch import Tensor
 
 from speedrun import hardware, recipes
 from speedrun.comms import Comms
-from speedrun.config import (
-    NUM_PARTS,
-    Config,
-    ConfigError,
-    apply_overrides,
-    check,
-)
+from speedrun.config import NUM_PARTS, Config, ConfigError
+from speedrun.config_check import check
 from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import DataError, StepBatch
 from speedrun.evaluate import evaluate
 from speedrun.model import GPT, LossWeights, MicroBatch
 from speedrun.optim import Optimizer
+from speedrun.overrides import apply_overrides
 from speedrun.plot import plot_loss
 from speedrun.runlog import Clock, LossQueue, RunError, RunLog, new_run_folder
 from speedrun.schedule import Schedule, StepPlan, scaled
@@ -191,13 +187,14 @@ def warm_up(
         ]
         made_up = StepBatch(tokens, tokens, cu_seqlens, *rows, position=None)
         plan = schedule.plan(start)
-        for step in range(config.optim.adam_interval):
+        for step in range(config.schedule.adam_interval):
             forward_backward(model, to_micro_batches(made_up, config, run), plan)
-            optimizer.step(dataclasses.replace(plan, step=step))
+            due = step == config.schedule.adam_interval - 1
+            optimizer.step(dataclasses.replace(plan, step=step, adam=due))
         evaluate(
             model,
             to_micro_batches(made_up, config, run),
-            (plan.window_short, plan.window_long),
+            plan.windows,
             run.comms,
         )
     optimizer.restore(snapshot)
@@ -236,7 +233,7 @@ def validate(model: GPT, config: Config, data: DataSource, plan: StepPlan, run: 
             rows = [None if array is None else array[None] for array in arrays]
             yield from to_micro_batches(StepBatch(*rows, position=None), config, run)
 
-    return evaluate(model, batches(), (plan.window_short, plan.window_long), run.comms)
+    return evaluate(model, batches(), plan.windows, run.comms)
 
 
 def forward_backward(model: GPT, micro_batches: list[MicroBatch], plan: StepPlan) -> Tensor:
@@ -247,7 +244,7 @@ def forward_backward(model: GPT, micro_batches: list[MicroBatch], plan: StepPlan
     model.refresh_fp8(plan.fp8_down_own_amax)
     total = torch.zeros((), device=model.embed.device)
     for batch in micro_batches:
-        windows = model.plan_windows(batch, plan.window_short, plan.window_long)
+        windows = model.plan_windows(batch, plan.windows)
         loss = model.training_loss(batch, windows, LossWeights(plan.multi_token_weights))
         (loss / NUM_PARTS).backward()
         total += loss.detach()

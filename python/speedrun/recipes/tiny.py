@@ -46,10 +46,10 @@ def config() -> Config:
                 AdamRow("bigram_embed", 0.75, 0.95, lr_mul=8.0, wd_mul=5.0),
             ),
             muon_lr=0.03,
-            adam_interval=1,
         ),
         schedule=ScheduleConfig(
             num_steps=400,
+            adam_interval=1,
             stages=(
                 # Small steps first: early on, the number of updates counts.
                 Stage(tokens_per_step=2048, max_seq_len=256, window_short=64, window_long=64),

@@ -1,0 +1,208 @@
+"""Whether a config can work: `check` lists every value that can't, with its key and the rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from speedrun.config import NUM_PARTS, Config, ConfigError, ModelConfig
+
+LARGEST_NUMBER = 1e15  # squared, it still fits into float32
+MAY_BE_NEGATIVE = ("model.softcap_b",)
+
+
+def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a config, with its key."""
+    if dataclasses.is_dataclass(node):
+        for f in dataclasses.fields(node):
+            yield from _numbers(getattr(node, f.name), f"{key}.{f.name}" if key else f.name)
+    elif isinstance(node, tuple):
+        for i, item in enumerate(node):
+            yield from _numbers(item, f"{key}.{getattr(item, 'name', i)}")
+    elif isinstance(node, (int, float)) and not isinstance(node, bool):
+        yield key, node
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError, listing every value of `config` that can't work."""
+    problems: dict[str, str] = {}  # by key: one line for each
+
+    def require(ok: bool, key: str, value: Any, rule: str) -> None:
+        if not ok:
+            problems.setdefault(key, f"{key}={value}: {rule}")
+
+    def require_positive(section: Any, prefix: str, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            require(value > 0, f"{prefix}{name}", value, "must be greater than 0")
+
+    model, schedule, optim, data = config.model, config.schedule, config.optim, config.data
+    require_positive(
+        model, "model.", "model_dim", "num_heads", "head_dim", "mlp_hidden", "vocab_multiple"
+    )
+    require_positive(model, "model.", "rotary_base", "score_scale", "softcap_a", "softcap_c")
+    require(len(model.layers) > 0, "model.layers", "()", "needs at least one layer")
+    require(model.num_heads % 2 == 0, "model.num_heads", model.num_heads, "must be even")
+    require(model.head_dim % 4 == 0, "model.head_dim", model.head_dim, "must be divisible by 4")
+    require(
+        model.num_heads * model.head_dim == model.model_dim,
+        "model.model_dim",
+        model.model_dim,
+        f"must be num_heads * head_dim = {model.num_heads * model.head_dim}",
+    )
+    require(
+        model.vocab_size is None or 0 < model.vocab_size <= 65536,
+        "model.vocab_size",
+        model.vocab_size,
+        "must be in 1..65536 (tokens are 16 bits)",
+    )
+    for f in dataclasses.fields(model.mlp):
+        value = getattr(model.mlp, f.name)
+        allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
+        require(value in allowed, f"model.mlp.{f.name}", value, f"must be {' or '.join(allowed)}")
+    gate_kinds = ("network", "constant", "none")
+    require(
+        model.gates in gate_kinds, "model.gates", model.gates, f"must be {' or '.join(gate_kinds)}"
+    )
+    require_positive(model, "model.", "gate_hidden", "dc_window")
+    head_numbers = ("x_amax", "w_amax", "grad_amax")
+    require_positive(model.head, "model.head.", *head_numbers)
+    _check_layers(model, require)
+    require(
+        0 <= model.bigram_dim <= model.model_dim,
+        "model.bigram_dim",
+        model.bigram_dim,
+        f"must be in 0..model_dim = {model.model_dim}",
+    )
+    require(
+        (model.bigram_rows > 1) == (model.bigram_dim > 0),
+        "model.bigram_rows",
+        model.bigram_rows,
+        "the table needs at least 2 rows and bigram_dim > 0, or both 0",
+    )
+
+    require_positive(schedule, "schedule.", "num_steps", "val_interval", "adam_interval")
+    require(schedule.untie_frac <= 1, "schedule.untie_frac", schedule.untie_frac, "must be in 0..1")
+    for name in ("momentum_start", "momentum_peak"):
+        value = getattr(schedule, name)
+        require(value <= 1, f"schedule.{name}", value, "must be at most 1")
+    require_positive(schedule, "schedule.", "momentum_warmup_steps", "momentum_cooldown_steps")
+    require(
+        schedule.fp8_down_own_amax_steps > 0,
+        "schedule.fp8_down_own_amax_steps",
+        schedule.fp8_down_own_amax_steps,
+        "must be at least 1: before the first step there is no other amax",
+    )
+    require(len(schedule.stages) > 0, "schedule.stages", "()", "needs at least one stage")
+    require(
+        not schedule.stage_ends
+        or (
+            len(schedule.stage_ends) == len(schedule.stages)
+            and list(schedule.stage_ends) == sorted(schedule.stage_ends)
+            and schedule.stage_ends[-1] == 1.0
+        ),
+        "schedule.stage_ends",
+        schedule.stage_ends,
+        f"needs {len(schedule.stages)} rising fractions, the last 1.0",
+    )
+    require(
+        (schedule.extension is None) == (schedule.extension_steps == 0),
+        "schedule.extension_steps",
+        schedule.extension_steps,
+        "goes with schedule.extension: both or neither",
+    )
+    stages = list(schedule.stages) + ([schedule.extension] if schedule.extension else [])
+    for i, stage in enumerate(stages):
+        prefix = f"schedule.stages[{i}]."
+        require_positive(stage, prefix, "tokens_per_step", "max_seq_len", "window_short")
+        require(
+            stage.tokens_per_step % NUM_PARTS == 0,
+            prefix + "tokens_per_step",
+            stage.tokens_per_step,
+            f"must be divisible by {NUM_PARTS}",
+        )
+        require(
+            stage.window_long >= stage.window_short,
+            prefix + "window_long",
+            stage.window_long,
+            f"must be at least window_short = {stage.window_short}",
+        )
+    require_positive(optim, "optim.", "muon_lr", "adam_lr", "adam_eps")
+    require(0 <= optim.muon_beta2 < 1, "optim.muon_beta2", optim.muon_beta2, "must be in [0, 1)")
+    for row in optim.muon_table:
+        require(bool(row.lr_muls), f"optim.muon_table.{row.name}.lr_muls", "()", "needs a number")
+    for row in optim.adam_table:
+        ok = 0 <= row.beta1 < 1 and 0 <= row.beta2 < 1
+        require(ok, f"optim.adam_table.{row.name}", (row.beta1, row.beta2), "betas are in [0, 1)")
+    require_positive(data, "data.", "val_tokens_per_part", "train_shards")
+    require(
+        data.cu_seqlens_entries is None or data.cu_seqlens_entries > 1,
+        "data.cu_seqlens_entries",
+        data.cu_seqlens_entries,
+        "must be at least 2, or None for the recipe's rule",
+    )
+    require(
+        data.val_tokens is None or data.val_tokens > 0,
+        "data.val_tokens",
+        data.val_tokens,
+        "must be greater than 0, or None for all",
+    )
+    require(
+        data.val_tokens_at_most is None or data.val_tokens_at_most > 0,
+        "data.val_tokens_at_most",
+        data.val_tokens_at_most,
+        "must be greater than 0, or None for no limit",
+    )
+    require(
+        config.micro_batch_parts in (1, 2, 4, 8),
+        "micro_batch_parts",
+        config.micro_batch_parts,
+        "must be 1, 2, 4 or 8",
+    )
+    require_positive(config, "", "log_interval")
+    for key, value in _numbers(config):
+        ok = abs(value) <= LARGEST_NUMBER and (value >= 0 or key in MAY_BE_NEGATIVE)
+        require(ok, key, value, f"must be in 0..{LARGEST_NUMBER:g}")
+    if problems:
+        lines = "\n  ".join(problems.values())
+        raise ConfigError(f"recipe {config.name!r} can't run:\n  {lines}")
+
+
+def _check_layers(model: ModelConfig, require: Callable) -> None:
+    """Roles that a layer can't have: each needs something before it, or beside it."""
+    saved, last_net, num_mudd = False, "pre", 0
+    for i, layer in enumerate(model.active_layers):
+        roles = [name for name in ("gated", "xsa", "dc", "skip") if getattr(layer, name)]
+        if layer.attention is None:
+            roles = [name for name in roles if name == "skip"]
+        key = f"model.layers[{i}]"
+        require(
+            not roles or model.gates != "none",
+            key,
+            "+".join(roles),
+            "needs model.gates=network or constant",
+        )
+        needs_saved = [n for n in ("skip", "shared_input", "mudd") if getattr(layer, n)]
+        require(
+            not needs_saved or saved,
+            key,
+            "+".join(needs_saved),
+            'needs an earlier layer with the word "save"',
+        )
+        require(
+            not layer.mudd or layer.attention is not None,
+            key,
+            "mudd",
+            "needs a layer with attention",
+        )
+        require(
+            (last_net, layer.gate_net) != ("post", "pre"),
+            key,
+            "pre",
+            'comes after a layer with "post"; the gates of x come last',
+        )
+        saved, last_net, num_mudd = saved or layer.save, layer.gate_net, num_mudd + layer.mudd
+    require(
+        num_mudd <= 1, "model.layers", f"{num_mudd} layers with mudd", "at most one can have it"
+    )
