@@ -27,7 +27,11 @@ MAY_IMPORT = {
     "overrides": {"config"},
     "schedule": {"config"},
     "recipes": {"config", "recipes"},
-    "model": {"ops", "config"},
+    "model": {"ops", "config", "batch", "layer", "gates", "fp8_state"},
+    "layer": {"ops", "config", "gates"},
+    "batch": {"ops"},
+    "gates": {"config"},
+    "fp8_state": {"ops", "config"},
     "optim": {"ops", "config", "comms", "schedule"},  # schedule: the type of optim.step(plan)
 }
 TOP = {"train", "cli", "commands"}  # only these import these

@@ -9,6 +9,7 @@ from torch import nn
 
 from numerics import assert_same_bits
 from speedrun import optim
+from speedrun.batch import LossWeights
 from speedrun.comms import Comms
 from speedrun.config import (
     AdamRow,
@@ -19,7 +20,7 @@ from speedrun.config import (
     Stage,
     Windows,
 )
-from speedrun.model import GPT, LossWeights
+from speedrun.model import GPT
 from speedrun.ops.normuon_step import join_bits
 from speedrun.optim import Optimizer
 from speedrun.schedule import Schedule

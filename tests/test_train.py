@@ -11,9 +11,10 @@ import torch
 from data_helpers import write_shard
 from speedrun import recipes
 from speedrun import train as program
+from speedrun.batch import LossWeights
 from speedrun.comms import Comms
 from speedrun.data import BYTES, StepBatch
-from speedrun.model import GPT, LossWeights
+from speedrun.model import GPT
 from speedrun.reference.polar_express import COEFFICIENTS
 from speedrun.schedule import Schedule
 from train_helpers import (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from speedrun import recipes
 from speedrun._numpy_loader import bigram_rows, sign_rows
+from speedrun.batch import MicroBatch
 from speedrun.config import (
     AdamRow,
     Config,
@@ -26,7 +27,6 @@ from speedrun.config import (
     ScheduleConfig,
     Stage,
 )
-from speedrun.model import MicroBatch
 
 # Float64 results of a few hundred operations on numbers around 1: sums in another order differ by
 # some hundred ulps at most; a wrong formula by many orders of magnitude more.

@@ -37,10 +37,10 @@ class Windows(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The roles of one layer (RECIPE section 3). `ModelConfig` has a switch for each kind of role."""
+    """The roles of one layer (RECIPE section 3). `ModelConfig` has a switch for each of them."""
 
     attention: Literal["causal"] | None = "causal"  # None: no attention in this layer
-    window: Literal["short", "long"] = "short"  # long ones have the partial key offset
+    window: Literal["short", "long"] = "short"
     paired: bool = False  # heads j and j + H/2 attend as one sequence of twice the length
     value_embed: bool = False  # gated rows of a table of its own are added to the values
     xsa: bool = False  # exclusive self-attention: the own value's direction is taken out
@@ -154,8 +154,8 @@ class ModelConfig:
     gate_hidden: int = 64  # of these networks and MUDD's
     residual_lambdas: bool = False  # learned factors on residual stream and on layers' outputs
     attention_lambdas: bool = False  # learned factors on the weights of QKV and of the output
+    key_offset: bool = False  # long windows: half of each key is that of the token before
     paired_heads: bool = True
-    key_offset: bool = True  # long windows: half of each key is that of the token before
     value_embeds: bool = True
     value_embed_std: float = 0.01
     xsa: bool = True

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import torch
 
+from speedrun.batch import MicroBatch
 from speedrun.comms import Comms
 from speedrun.config import Windows
-from speedrun.model import GPT, MicroBatch
+from speedrun.model import GPT
 
 
 @torch.no_grad()

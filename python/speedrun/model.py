@@ -1,105 +1,55 @@
-"""The GPT of RECIPE section 3 in its plain form, top to bottom.
+"""The GPT of RECIPE section 3, top to bottom.
 
 The model knows operators, not backends; it never asks which step, rank or layer number it is:
 layer roles come from `ModelConfig.layers`.
 
 Shapes: P parts of a micro-batch, T tokens a part, D model dim, H heads, K head dim, F MLP hidden,
-V padded vocabulary, L layers, A layers with attention, R bigram rows, N targets a position.
+V padded vocabulary, L layers, A layers with attention, R bigram rows, N targets a position, G
+outputs of a gate network. Streams are (P, T, D).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrun.config import LayerSpec, MLPConfig, ModelConfig, Windows
-from speedrun.ops.attention import AttentionPlan, attention, plan_attention
-from speedrun.ops.fp8_quantize import MlpWeights, delayed_scale, refresh_mlp_weights
-from speedrun.ops.qk_norm_rope import NORM_EPS, qk_norm_rope, rotary_frequencies, rotary_table
-from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
-from speedrun.ops.softcap_ce import NO_TARGET, softcap_ce
+from speedrun.batch import LossWeights, MicroBatch, isolated_rows, previous, shifted_targets
+from speedrun.config import LayerSpec, ModelConfig, Windows
+from speedrun.fp8_state import Fp8MLPState
+from speedrun.gates import (
+    NO_GATES,
+    OUTPUT_SCALE,
+    GateLayout,
+    Gates,
+    mudd_layer_starts,
+    mudd_out_starts,
+    small_network,
+)
+from speedrun.layer import (
+    VE_GATE_COLUMNS,
+    BatchPlan,
+    LayerWeights,
+    Streams,
+    layer_forward,
+    norm,
+)
+from speedrun.ops.attention import plan_attention
+from speedrun.ops.qk_norm_rope import (
+    rotary_frequencies,
+    rotary_positions,
+    rotary_table,
+    yarn,
+)
+from speedrun.ops.residual_mix import residual_mix
+from speedrun.ops.softcap_ce import softcap_ce
 
 LOGITS_AT_ONCE = 1 << 24  # in validation: 64 MB in fp32, little enough for caches and laptops
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Some parts of a step on the model's device. Rows of tables are None without the table."""
-
-    inputs_PT: Tensor  # int32
-    targets_PT: Tensor  # int64
-    cu_seqlens: Tensor  # (P * entries,) int32: document starts in the P*T tokens
-    bigram_rows_PT: Tensor | None = None  # int32
-    sign_rows_PT: Tensor | None = None  # int32
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the targets t+1, t+2, … in the training loss."""
-
-    multi_token: tuple[float, ...] = (1.0,)
-
-
-def norm(x: Tensor) -> Tensor:
-    """x/√(mean(x²) + 2⁻²³) over the last dim, computed in at least fp32, no weights."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
-def shifted_targets(targets_PT: Tensor, num_targets: int) -> Tensor:
-    """(P*T, N) int64: column n is the target n positions on; past the end of its part −1."""
-    columns = [
-        F.pad(targets_PT[:, n:], (0, min(n, targets_PT.shape[1])), value=NO_TARGET).flatten()
-        for n in range(num_targets)
-    ]
-    return torch.stack(columns, dim=1)
-
-
-class Fp8MLPState(nn.Module):
-    """FP8 weights and scales of every layer's MLP: RECIPE section 3, "FP8".
-
-    Buffers hold what one step leaves to the next; the weights' copies come from the parameters. It
-    belongs to one rank, whose micro-batches set `post_scale_L` in turn: so the scales of post, and
-    those of the MLP's input, depend on the number of ranks and on the grouping of parts into
-    micro-batches. Nothing else in the model does.
-    """
-
-    def __init__(self, num_layers: int, config: MLPConfig) -> None:
-        super().__init__()
-        self.gemms = Gemms(**dataclasses.asdict(config))
-        self.register_buffer("post_scale_L", torch.ones(num_layers))
-        self.register_buffer("down_amax_L", torch.zeros(num_layers))
-        self.weights: MlpWeights | None = None
-
-    @torch.no_grad()
-    def refresh(self, mlp_bank: Tensor, own_amax: bool) -> None:
-        """Quantise all weights anew; once a step, before its first micro-batch.
-
-        `own_amax`: Down by its own largest value, else by that of the refresh before.
-        """
-        copies = {"up_t": self.gemms.dx == "fp8", "down_row": self.gemms.dpre == "fp8"}
-        self.weights = refresh_mlp_weights(mlp_bank, self.down_amax_L, not own_amax, **copies)
-        self.down_amax_L.copy_(self.weights.down_amax)
-
-    def layers(self) -> list[Fp8Layer]:
-        """What `relu2_mlp` takes, layer by layer, in one forward pass."""
-        w = self.weights
-        if w is None:
-            raise RuntimeError("there are no FP8 weights yet: refresh_fp8 begins each step")
-        banks = (w.up_f8, w.up_f8_t, w.up_scale, w.down_f8, w.down_f8_t, w.down_scale)
-        banks += (self.post_scale_L,)
-        return [
-            Fp8Layer(self.gemms, *(None if bank is None else bank[i] for bank in banks))
-            for i in range(len(self.post_scale_L))
-        ]
-
-    def update(self, layers: list[Fp8Layer]) -> None:
-        """After a forward pass: the scales of the next one. New tensors, as `Fp8Layer` says."""
-        self.post_scale_L = delayed_scale(torch.stack([layer.post_amax for layer in layers]))
+SMEAR_COLUMNS = 12  # of an embedding, that its smear gate reads
+RESIDUAL_START = 1.1**0.5  # of each factor on the residual stream: 1.1 a layer
 
 
 class GPT(nn.Module):
@@ -107,6 +57,7 @@ class GPT(nn.Module):
 
     qk_bank (2·A·H/2, 2K, D): by layer the Q pairs of heads, then the K pairs.
     vo_bank (2·A, D, D): by layer V, then O.   mlp_bank (2·L, F, D): by layer up, then down.
+    Parameters are `dtype`, but single factors (λ, r, p, the gates' s) at least fp32.
     `fp8`: whether training uses FP8 where `config` says so; it needs `dtype` bfloat16.
     """
 
@@ -115,32 +66,73 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        D, K, V = config.model_dim, config.head_dim, config.padded_vocab_size
+        self.layers = config.active_layers
+        D, K, V, L = config.model_dim, config.head_dim, config.padded_vocab_size, len(self.layers)
+        wide = torch.promote_types(dtype, torch.float32)
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=dtype))
+        def parameter(*shape: int, start: float = 0.0, dtype: torch.dtype = dtype) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, start, dtype=dtype))
 
         self.embed = parameter(V, D)
         self.lm_head = parameter(D, V)  # stored transposed: dX of the head reads it row-major
         self.qk_bank = parameter(config.num_attentions * config.num_heads, 2 * K, D)
         self.vo_bank = parameter(2 * config.num_attentions, D, D)
-        self.mlp_bank = parameter(2 * len(config.layers), config.mlp_hidden, D)
+        self.mlp_bank = parameter(2 * L, config.mlp_hidden, D)
         if config.bigram_rows:
             self.bigram_embed = parameter(config.bigram_rows, config.bigram_dim)
         sign_shape = (config.sign_rows, config.bigram_dim)
         self.register_buffer("sign_table", torch.ones(sign_shape, dtype=dtype))
-        frequencies = rotary_frequencies(K, config.rotary_base)
-        self.register_buffer("rotary_freq", frequencies, persistent=True)
-        self.score_scale = config.score_scale
+        if config.smear:
+            self.w_smear = parameter(min(SMEAR_COLUMNS, D))
+            self.lambda_smear = parameter(dtype=wide)
+        with_ve = [spec for spec in self.layers if spec.value_embed]
+        if with_ve:
+            self.value_embeds = parameter(len(with_ve), V, D)
+            num_gates = sum(not spec.mudd for spec in with_ve)
+            self.ve_gate = parameter(num_gates, config.num_heads, 2 * VE_GATE_COLUMNS)
+        if config.attention_lambdas:
+            self.lambda_qkv = parameter(L, start=0.5, dtype=wide)
+            self.lambda_o = parameter(L, start=1.0, dtype=wide)
+        if config.residual_lambdas:
+            self.r_attn = parameter(L, start=RESIDUAL_START, dtype=wide)
+            self.p_attn = parameter(L, start=1.0, dtype=wide)
+            self.r_mlp = parameter(L, start=RESIDUAL_START, dtype=wide)
+            self.p_mlp = parameter(L, start=1.0, dtype=wide)
+        if any(spec.skip for spec in self.layers):
+            self.lambda_skip = parameter(start=-1.5, dtype=wide)
+        self.gate_layouts: dict[str, GateLayout] = {}
+        if config.gates != "none":
+            layouts = {net: GateLayout.of(config, net) for net in ("pre", "post")}
+            self.gate_layouts = {net: layout for net, layout in layouts.items() if layout.size}
+            self.gate_s = parameter(start=OUTPUT_SCALE, dtype=wide)
+        nets = {f"gate_{net}": layout.starts() for net, layout in self.gate_layouts.items()}
+        hidden_nets = list(nets) if config.gates == "network" else []
+        self.has_mudd = any(spec.mudd for spec in self.layers)
+        if self.has_mudd:
+            nets["mudd_layer"] = mudd_layer_starts(config, RESIDUAL_START)
+            nets["mudd_out"] = mudd_out_starts()
+            hidden_nets += ["mudd_layer", "mudd_out"]
+        self.net_starts = nets
+        for name, starts in nets.items():
+            setattr(self, f"{name}_c", parameter(len(starts)))
+            if name in hidden_nets:
+                setattr(self, f"{name}_W1", parameter(config.gate_hidden, D))
+                setattr(self, f"{name}_W2", parameter(len(starts), config.gate_hidden))
+
+        self.layer_functions: dict[LayerSpec, Callable] = {}  # compiled ones, by kind of layer
         self.fp8_mlp: Fp8MLPState | None = None
         if fp8 and config.mlp.uses_fp8:
-            self.fp8_mlp = Fp8MLPState(len(config.layers), config.mlp)
+            self.fp8_mlp = Fp8MLPState(L, config.mlp)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Start values of RECIPE section 3, drawn on the CPU: the same on every device and rank."""
+        """Start values of RECIPE section 3, drawn on the CPU: the same on every device and rank.
+
+        Those that are constants were set by the constructor.
+        """
+        config = self.config
         generator = torch.Generator().manual_seed(seed)
-        bound = 3**0.5 * 0.5 * self.config.model_dim**-0.5
+        bound = 3**0.5 * 0.5 * config.model_dim**-0.5
 
         def draw(parameter: Tensor, method: str, *args: float) -> None:
             values = torch.empty(parameter.shape, dtype=torch.float32)
@@ -149,104 +141,219 @@ class GPT(nn.Module):
         draw(self.qk_bank, "uniform_", -bound, bound)
         draw(self.vo_bank, "uniform_", -bound, bound)
         draw(self.mlp_bank[0::2], "uniform_", -bound, bound)  # up; down stays 0
-        draw(self.lm_head, "normal_", 0.0, self.config.embed_std)
+        draw(self.lm_head, "normal_", 0.0, config.embed_std)
         self.embed.copy_(self.lm_head.T)
         if self.sign_table.numel():
             signs = torch.randint(0, 2, self.sign_table.shape, generator=generator)
             self.sign_table.copy_(signs * 2 - 1)
+        if hasattr(self, "value_embeds"):
+            draw(self.value_embeds, "normal_", 0.0, config.value_embed_std)
+        for name, starts in self.net_starts.items():
+            getattr(self, f"{name}_c").copy_(starts / OUTPUT_SCALE)
+            if hasattr(self, f"{name}_W1"):
+                draw(
+                    getattr(self, f"{name}_W1"),
+                    "uniform_",
+                    *(config.model_dim**-0.5 * s for s in (-1, 1)),
+                )
 
-    def plan_windows(self, batch: MicroBatch, windows: Windows) -> dict[str, AttentionPlan]:
-        """One attention plan for each window that a layer uses."""
-        sizes = windows._asdict()
-        used = {layer.window for layer in self.config.layers if layer.attention}
-        num_tokens = batch.inputs_PT.numel()
-        dtype = self.embed.dtype
-        return {
-            name: plan_attention(batch.cu_seqlens, num_tokens, sizes[name], dtype)
-            for name in sorted(used)
-        }
+    def plan_windows(self, batch: MicroBatch, windows: Windows) -> BatchPlan:
+        """What the layers share: one mask for each kind of attention, the rotary tables."""
+        config, dtype = self.config, self.embed.dtype
+        num_tokens, device = batch.inputs_PT.numel(), self.embed.device
+        kinds = {(spec.window, spec.paired) for spec in self.layers if spec.attention}
+        masks = {}
+        for window, paired in sorted(kinds):
+            length = 2 if paired else 1
+            masks[window, paired] = plan_attention(
+                batch.cu_seqlens * length, num_tokens * length, getattr(windows, window), dtype
+            )
+        dc_mask = None
+        if any(spec.dc for spec in self.layers):
+            dc_mask = plan_attention(batch.cu_seqlens, num_tokens, config.dc_window - 1, dtype)
+        frequencies = rotary_frequencies(config.head_dim, config.rotary_base)
+        score_scale = config.score_scale
+        for old, new in windows.yarn:
+            frequencies, factor = yarn(frequencies, old, new)
+            score_scale *= factor
+        rotary = {}
+        for paired in sorted({paired for _, paired in kinds}):
+            heads = config.num_heads if paired else 0
+            positions = rotary_positions(batch.inputs_PT.shape[1], heads).to(device)
+            rotary[paired] = rotary_table(frequencies.to(device), positions, dtype)
+        first_PT = None
+        if config.isolate_documents:
+            first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=device)
+            first[batch.cu_seqlens.long()] = True
+            first_PT = first[:-1].view(batch.inputs_PT.shape)
+        return BatchPlan(masks, dc_mask, rotary, score_scale, first_PT)
 
     def refresh_fp8(self, down_own_amax: bool) -> None:
         """FP8 copies of the weights as they are now; once a step, before its micro-batches."""
         if self.fp8_mlp is not None:
             self.fp8_mlp.refresh(self.mlp_bank, down_own_amax)
 
-    def forward(self, batch: MicroBatch, windows: dict[str, AttentionPlan]) -> Tensor:
+    def forward(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
         """z (P*T, V), before the softcap."""
-        return self.trunk(batch, windows) @ self.lm_head
+        return self.trunk(batch, plan) @ self.lm_head
 
-    def trunk(
-        self, batch: MicroBatch, windows: dict[str, AttentionPlan], training: bool = False
-    ) -> Tensor:
+    def trunk(self, batch: MicroBatch, plan: BatchPlan, training: bool = False) -> Tensor:
         """(P*T, D): what the head multiplies. FP8 is for training only."""
-        rotary = rotary_table(
-            self.rotary_freq,
-            torch.arange(batch.inputs_PT.shape[1], device=self.embed.device),
-            self.embed.dtype,
-        )
-        x_PTD = norm(F.embedding(batch.inputs_PT, self.embed))
-        if batch.bigram_rows_PT is not None:
-            x_PTD = self.add_bigram(x_PTD, batch)
-        qk, vo = iter(self.qk_bank.split(self.config.num_heads)), iter(self.vo_bank.split(2))
-        mlp = iter(self.mlp_bank.split(2))
+        config = self.config
+        x0 = norm(self.embedding(batch, plan))
+        bigram = self.bigram(batch, plan)
+        net = "pre"
+        gates = self.gates(net, x0)
+        x = x0
+        if bigram is not None:
+            first = gates.get(0, NO_GATES)
+            x = residual_mix(
+                [(1.0, x0), (config.bigram_scale if first.bigram is None else first.bigram, bigram)]
+            )
+            gates[0] = first._replace(bigram=None)
+        c0, saved, mudd_input = x, [], None
+        value_embeds = self.embedded_values(batch)
+        own_values = iter(value_embeds)
         fp8_layers = self.fp8_mlp.layers() if training and self.fp8_mlp is not None else []
         fp8 = itertools.chain(fp8_layers, itertools.repeat(None))
-        for spec in self.config.layers:
-            if spec.attention is not None:
-                x_PTD = x_PTD + self.attend(spec, norm(x_PTD), next(qk), next(vo), windows, rotary)
-            up_FD, down_FD = next(mlp)
-            x_PTD = x_PTD + relu2_mlp(norm(x_PTD), up_FD, down_FD, next(fp8))
+        for i, (spec, weights) in enumerate(zip(self.layers, self.layer_weights(), strict=True)):
+            if spec.gate_net != net:
+                net = spec.gate_net
+                gates |= self.gates(net, x)
+            streams = Streams(
+                x0,
+                c0,
+                bigram,
+                saved[-1] if saved else None,
+                next(own_values) if spec.value_embed else None,
+            )
+            mudd = None
+            if spec.mudd:
+                mudd_input, mudd = x, self.mudd_factors("mudd_layer", x)
+            layer = self.layer_functions.get(spec, layer_forward)
+            x = layer(
+                config, spec, x, streams, gates.get(i, NO_GATES), mudd, weights, plan, next(fp8)
+            )
+            if spec.save:
+                saved.append(x)
         if fp8_layers:
             self.fp8_mlp.update(fp8_layers)
-        return norm(x_PTD).flatten(0, 1)
+        if mudd_input is not None:
+            sources = [
+                c0,
+                saved[-1],
+                mudd_input,
+                value_embeds[0] if value_embeds else None,
+                saved[0],
+            ]
+            factors = self.mudd_factors("mudd_out", x)
+            pairs = zip(factors, sources, strict=True)
+            x = residual_mix(
+                [(1.0, x), *((f, source) for f, source in pairs if source is not None)]
+            )
+        return norm(x).flatten(0, 1)
 
-    def add_bigram(self, x_PTD: Tensor, batch: MicroBatch) -> Tensor:
-        """x with the scaled (and signed) bigram embedding added to its first bigram_dim columns."""
-        b = F.embedding(batch.bigram_rows_PT, self.bigram_embed) * self.config.bigram_scale
-        if batch.sign_rows_PT is not None:
-            b = b * F.embedding(batch.sign_rows_PT, self.sign_table)
-        return x_PTD + F.pad(b, (0, x_PTD.shape[-1] - b.shape[-1]))
+    def embedding(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
+        """Token embeddings (P, T, D), each smeared with that of the token before."""
+        e = F.embedding(batch.inputs_PT, self.embed)
+        if not self.config.smear:
+            return e
+        gate = torch.sigmoid(e[..., : len(self.w_smear)] @ self.w_smear[:, None])
+        gate = gate * self.lambda_smear.to(e.dtype)
+        if plan.first_PT is not None:
+            gate = gate.masked_fill(plan.first_PT[..., None], 0)
+        return e + gate * previous(e)
 
-    def attend(
-        self,
-        spec: LayerSpec,
-        h_PTD: Tensor,
-        qk_bank: Tensor,
-        vo_bank: Tensor,
-        windows: dict[str, AttentionPlan],
-        rotary: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Attention of one layer: `qk_bank` (H, 2K, D) is its Q then K pairs, `vo_bank` V, O."""
-        heads = (self.config.num_heads, self.config.head_dim)
-        w_v, w_o = vo_bank
-        qkv = h_PTD @ torch.cat([qk_bank.flatten(0, 1), w_v]).T
-        q, k, v = (t.unflatten(-1, heads) for t in qkv.chunk(3, dim=-1))
-        q, k = qk_norm_rope(q, *rotary), qk_norm_rope(k, *rotary)
-        y = attention(
-            q.flatten(0, 1),
-            k.flatten(0, 1),
-            v.flatten(0, 1),
-            windows[spec.window],
-            self.score_scale,
-        )
-        return y.flatten(1).unflatten(0, h_PTD.shape[:2]) @ w_o.T
+    def bigram(self, batch: MicroBatch, plan: BatchPlan) -> Tensor | None:
+        """Signed rows of the bigram table (P, T, bigram_dim)."""
+        rows, signs = batch.bigram_rows_PT, batch.sign_rows_PT
+        if rows is None:
+            return None
+        if plan.first_PT is not None:
+            rows, signs = isolated_rows(batch, plan.first_PT, self.config.bigram_rows)
+        b = F.embedding(rows, self.bigram_embed)
+        return b if signs is None else b * F.embedding(signs, self.sign_table)
 
-    def training_loss(
-        self, batch: MicroBatch, windows: dict[str, AttentionPlan], weights: LossWeights
-    ) -> Tensor:
+    def embedded_values(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        """Rows (P, T, D) of each value embedding."""
+        if not any(spec.value_embed for spec in self.layers):
+            return ()
+        num_tables, num_rows = self.value_embeds.shape[:2]
+        offsets = num_rows * torch.arange(num_tables, device=batch.inputs_PT.device)
+        rows = batch.inputs_PT + offsets[:, None, None]
+        return F.embedding(rows, self.value_embeds.flatten(0, 1)).unbind(0)
+
+    def gates(self, net: str, x: Tensor) -> dict[int, Gates]:
+        """By layer what the gate network `net` makes of x (P, T, D)."""
+        layout = self.gate_layouts.get(net)
+        if layout is None:
+            return {}
+        gates = layout.split(self.small_network(f"gate_{net}", x, self.gate_s))
+        for i, layer in gates.items():
+            if layer.skip is not None:
+                gates[i] = layer._replace(skip=torch.sigmoid(self.lambda_skip) * layer.skip)
+        return gates
+
+    def mudd_factors(self, net: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Factors (P, T, 1) in RECIPE's order."""
+        return self.small_network(net, x, OUTPUT_SCALE).split(1, dim=-1)
+
+    def small_network(self, name: str, x: Tensor, scale: Tensor | float) -> Tensor:
+        """(P, T, G), or (1, 1, G) where the outputs don't depend on the token."""
+        w1, w2 = getattr(self, f"{name}_W1", None), getattr(self, f"{name}_W2", None)
+        return small_network(x, w1, w2, getattr(self, f"{name}_c"), scale)
+
+    def layer_weights(self) -> list[LayerWeights]:
+        """The parameters of each layer, cut out of their banks."""
+        qk, vo = iter(self.qk_bank.split(self.config.num_heads)), iter(self.vo_bank.split(2))
+        ve_gates = iter(getattr(self, "ve_gate", ()))
+
+        def factors(name: str) -> tuple[Tensor | None, ...]:
+            parameter = getattr(self, name, None)
+            return (None,) * len(self.layers) if parameter is None else parameter.unbind()
+
+        def residual(name: str) -> tuple[Tensor | float, ...]:  # used rounded to x's type
+            return tuple(1.0 if f is None else f.to(self.embed.dtype) for f in factors(name))
+
+        weights = []
+        for spec, *own in zip(
+            self.layers,
+            self.mlp_bank.split(2),
+            factors("lambda_qkv"),
+            factors("lambda_o"),
+            *(residual(name) for name in ("r_attn", "p_attn", "r_mlp", "p_mlp")),
+            strict=True,
+        ):
+            mlp, lambda_qkv, lambda_o, *mix = own
+            attends = spec.attention is not None
+            gated_values = spec.value_embed and not spec.mudd
+            weights.append(
+                LayerWeights(
+                    *mlp.unbind(),
+                    next(qk) if attends else None,
+                    next(vo) if attends else None,
+                    lambda_qkv,
+                    lambda_o,
+                    next(ve_gates) if gated_values else None,
+                    *mix,
+                )
+            )
+        return weights
+
+    def training_loss(self, batch: MicroBatch, plan: BatchPlan, weights: LossWeights) -> Tensor:
         """Scalar: weighted loss summed over the positions of the micro-batch, fp32 or wider."""
-        targets_TN = shifted_targets(batch.targets_PT, len(weights.multi_token))
-        x_TD = self.trunk(batch, windows, training=True)
+        targets_TN = shifted_targets(batch.targets_PT, len(weights.multi_token), plan.first_PT)
+        x_TD = self.trunk(batch, plan, training=True)
         return self.head_loss(x_TD, targets_TN, weights.multi_token)
 
-    def validation_loss(self, batch: MicroBatch, windows: dict[str, AttentionPlan]) -> Tensor:
+    def validation_loss(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
         """Scalar: plain cross-entropy of the next token, summed over the positions.
 
         The head takes some rows at a time: all logits of a part at once would be gigabytes.
         """
         rows = max(1, LOGITS_AT_ONCE // self.lm_head.shape[1])
         chunks = zip(
-            self.trunk(batch, windows).split(rows),
+            self.trunk(batch, plan).split(rows),
             shifted_targets(batch.targets_PT, 1).split(rows),
             strict=True,
         )

@@ -20,13 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speedrun import hardware, recipes
+from speedrun.batch import LossWeights, MicroBatch
 from speedrun.comms import Comms
 from speedrun.config import NUM_PARTS, Config, ConfigError
 from speedrun.config_check import check
 from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import DataError, StepBatch
 from speedrun.evaluate import evaluate
-from speedrun.model import GPT, LossWeights, MicroBatch
+from speedrun.model import GPT
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
 from speedrun.plot import plot_loss

@@ -28,7 +28,7 @@ def definition(x_THK, positions, frequencies):
 
 
 def table(num_tokens, head_dim=16, dtype=torch.float64, start=0):
-    positions = torch.arange(start, start + num_tokens)
+    positions = torch.arange(start, start + num_tokens)[:, None]
     return rotary_table(rotary_frequencies(head_dim, 1024.0), positions, dtype)
 
 

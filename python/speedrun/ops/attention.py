@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from speedrun.reference.attention import BlockMask, block_mask
+from speedrun.reference._blocks import BlockMask, block_mask
 from speedrun.reference.attention import attention as _reference
 
 AttentionPlan = BlockMask

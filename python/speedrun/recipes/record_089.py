@@ -47,6 +47,7 @@ def config() -> Config:
             gates="network",
             residual_lambdas=True,
             attention_lambdas=True,
+            key_offset=True,
         ),
         optim=OptimConfig(
             muon_table=(

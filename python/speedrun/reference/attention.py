@@ -1,59 +1,19 @@
 """Causal sliding-window attention over documents, in blocks: O(T * window), any dtype.
 
 RECIPE section 3, "Attention": token t sees keys t-window … t of its own document.
-T tokens, H heads, K head dim of queries and keys, E head dim of values, B blocks of w tokens.
+T tokens, H heads, K head dim of queries and keys, E head dim of values.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class BlockMask:
-    """Additive mask of each block of w queries against its own and the previous block's keys."""
-
-    bias_B1wx: Tensor  # (B, 1, w, 2w) float: 0 where the query sees the key, else -inf
-    num_tokens: int
-
-    @property
-    def block(self) -> int:
-        return self.bias_B1wx.shape[2]
-
-
-def block_mask(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype) -> BlockMask:
-    """The mask of a batch: `cu_seqlens` (N,) int32 rising document starts, padded with T."""
-    block = max(1, min(window, num_tokens))
-    num_blocks = -(-num_tokens // block)
-    pos = torch.arange(-block, num_blocks * block, device=cu_seqlens.device)
-    doc = torch.searchsorted(cu_seqlens, pos.to(cu_seqlens.dtype), right=True)
-    # Padding tokens are documents of their own, with negative numbers, each different: no real
-    # token sees them, and no row of the softmax is empty.
-    doc = torch.where(pos < 0, pos, torch.where(pos >= num_tokens, -1 - pos, doc))
-    key_pos = pos.unfold(0, 2 * block, block)[:, None, :]
-    key_doc = doc.unfold(0, 2 * block, block)[:, None, :]
-    query_pos, query_doc = key_pos.mT[:, block:], key_doc.mT[:, block:]
-    distance = query_pos - key_pos
-    seen = (distance >= 0) & (distance <= window) & (query_doc == key_doc)
-    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-    return BlockMask(bias[:, None], num_tokens)
+from speedrun.reference._blocks import BlockMask, in_blocks
 
 
 def attention(q_THK: Tensor, k_THK: Tensor, v_THE: Tensor, mask: BlockMask, scale: float) -> Tensor:
     """(T, H, E): softmax of scale * q·k over the keys that `mask` shows, times v."""
-    block = mask.block
-    num_blocks, tail = mask.bias_B1wx.shape[0], -mask.num_tokens % block
-
-    def keys(x_THK: Tensor) -> Tensor:
-        padded = F.pad(x_THK, (0, 0, 0, 0, block, tail))
-        return padded.unfold(0, 2 * block, block).permute(0, 1, 3, 2)  # (B, H, 2w, K)
-
-    q = F.pad(q_THK, (0, 0, 0, 0, 0, tail)).unflatten(0, (num_blocks, block)).transpose(1, 2)
-    y = F.scaled_dot_product_attention(
-        q, keys(k_THK), keys(v_THE), attn_mask=mask.bias_B1wx.to(q.dtype), scale=scale
-    )
+    q, k, v = in_blocks(q_THK, k_THK, v_THE, mask)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias_B1wx.to(q.dtype), scale=scale)
     return y.transpose(1, 2).flatten(0, 1)[: mask.num_tokens]

@@ -1,0 +1,174 @@
+"""One layer of the GPT: skip, attention, MLP, and how they are mixed into the residual stream.
+
+Shapes: P parts of a micro-batch, T tokens a part, D model dim, H heads, K head dim, F MLP hidden.
+Streams are (P, T, D). RECIPE section 3, "Layers" and "Attention".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speedrun.config import LayerSpec, ModelConfig
+from speedrun.gates import Gates
+from speedrun.ops.attention import AttentionPlan, attention
+from speedrun.ops.attention_epilogue import attention_epilogue
+from speedrun.ops.dc_attention import dc_attention
+from speedrun.ops.qk_norm_rope import (
+    NORM_EPS,
+    key_offset,
+    pair_heads,
+    qk_norm_rope,
+    unpair_heads,
+)
+from speedrun.ops.relu2_mlp import Fp8Layer, relu2_mlp
+from speedrun.ops.residual_mix import residual_mix
+
+VE_GATE_COLUMNS = 6  # of h and of the value embedding, that a value gate reads
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What all layers of a micro-batch share: who sees whom, and how positions turn."""
+
+    masks: dict[tuple[str, bool], AttentionPlan]  # by window and by whether heads are paired
+    dc_mask: AttentionPlan | None
+    rotary: dict[bool, tuple[Tensor, Tensor]]  # cos and sin, by whether heads are paired
+    score_scale: float
+    first_PT: Tensor | None  # bool: where documents begin, if nothing may look across
+
+
+class Streams(NamedTuple):
+    """What a layer reads beside x. None: nothing in this model has it."""
+
+    x0: Tensor  # the normed embedding
+    c0: Tensor  # x before the first layer
+    bigram: Tensor | None  # (P, T, bigram_dim)
+    saved: Tensor | None  # x behind the last layer that saved it
+    value_embed: Tensor | None  # this layer's own rows
+
+
+class LayerWeights(NamedTuple):
+    """One layer's parameters. None: attention's in a layer without it, and techniques not used."""
+
+    up_FD: Tensor
+    down_FD: Tensor
+    qk: Tensor | None  # (H, 2K, D): Q then K pairs of heads
+    vo: Tensor | None  # (2, D, D): V, O
+    lambda_qkv: Tensor | None
+    lambda_o: Tensor | None
+    ve_gate: Tensor | None  # (H, 12)
+    r_attn: Tensor | float
+    p_attn: Tensor | float
+    r_mlp: Tensor | float
+    p_mlp: Tensor | float
+
+
+def norm(x: Tensor) -> Tensor:
+    """x/√(mean(x²) + 2⁻²³) over the last dim, computed in at least fp32, no weights."""
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def layer_forward(
+    config: ModelConfig,
+    spec: LayerSpec,
+    x: Tensor,
+    streams: Streams,
+    gates: Gates,
+    mudd: tuple[Tensor, ...] | None,
+    weights: LayerWeights,
+    plan: BatchPlan,
+    fp8: Fp8Layer | None,
+) -> Tensor:
+    """x behind one layer: skip, attention, MLP. `mudd`: the mixing factors of a MUDD layer."""
+    if gates.skip is not None:
+        x = residual_mix([(1.0, x), (gates.skip, streams.saved)])
+    if spec.attention is not None:
+        h = norm(streams.saved if spec.shared_input else x)
+        extra_v = value_terms(config, h, x, streams, weights.ve_gate, mudd)
+        a = attend(config, spec, h, extra_v, gates, weights, plan)
+        if mudd is not None:
+            x = residual_mix([(1 + mudd[5], x), (mudd[3], streams.c0), (mudd[4], streams.saved)])
+            terms = [(mudd[8], x), (mudd[9], a), (mudd[10], streams.c0)]
+        else:
+            terms = [(weights.r_attn, x), (weights.p_attn, a)]
+            terms += [(gates.x0, streams.x0)] if gates.x0 is not None else []
+        bigram_gate = gates.bigram if mudd is None else mudd[11]
+        if streams.bigram is not None and bigram_gate is not None:
+            terms.append((bigram_gate, streams.bigram))
+        x = residual_mix(terms)
+    mlp = relu2_mlp(norm(x), weights.up_FD, weights.down_FD, fp8)
+    r, p = (weights.r_mlp, weights.p_mlp) if mudd is None else mudd[12:14]
+    return residual_mix([(r, x), (p, mlp)])
+
+
+def value_terms(
+    config: ModelConfig,
+    h: Tensor,
+    x: Tensor,
+    streams: Streams,
+    ve_gate: Tensor | None,
+    mudd: tuple[Tensor, ...] | None,
+) -> Tensor | None:
+    """What is added to a layer's values: its gated value embedding, and MUDD's streams."""
+    heads = (config.num_heads, config.head_dim)
+    extra = None
+    if streams.value_embed is not None:
+        if mudd is None:
+            columns = [t[..., :VE_GATE_COLUMNS] for t in (h, streams.value_embed)]
+            gate_PTH = 2 * torch.sigmoid(torch.cat(columns, dim=-1) @ ve_gate.T)
+        else:  # one factor for each half of the heads
+            gate_PTH = torch.cat(mudd[6:8], dim=-1).repeat_interleave(heads[0] // 2, dim=-1)
+        extra = (streams.value_embed.unflatten(-1, heads) * gate_PTH[..., None]).flatten(-2)
+    if mudd is not None:
+        mixed = residual_mix([(mudd[0], streams.c0), (mudd[1], streams.saved), (mudd[2], x)])
+        extra = mixed if extra is None else extra + mixed
+    return extra
+
+
+def attend(
+    config: ModelConfig,
+    spec: LayerSpec,
+    h: Tensor,
+    extra_v: Tensor | None,
+    gates: Gates,
+    weights: LayerWeights,
+    plan: BatchPlan,
+) -> Tensor:
+    """Attention of one layer over its normed input h."""
+    heads = (config.num_heads, config.head_dim)
+    w_v, w_o = weights.vo
+    w_qkv = torch.cat([weights.qk.flatten(0, 1), w_v])
+    qkv = h @ scaled(weights.lambda_qkv, w_qkv).T
+    q, k, v = (t.unflatten(-1, heads) for t in qkv.chunk(3, dim=-1))
+    rotary = plan.rotary[spec.paired]
+    q, k = qk_norm_rope(q, *rotary), qk_norm_rope(k, *rotary)
+    if config.key_offset and spec.window == "long":
+        k = key_offset(k, plan.first_PT)
+    if extra_v is not None:
+        v = v + extra_v.unflatten(-1, heads)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    mask = plan.masks[spec.window, spec.paired]
+    if spec.paired:
+        y = attention(*(pair_heads(t) for t in (q, k, v)), mask, plan.score_scale)
+        y = unpair_heads(y)
+    else:
+        y = attention(q, k, v, mask, plan.score_scale)
+    if spec.dc:
+        w1_TH, w2_TH = (t.expand(*h.shape[:2], -1).flatten(0, 1) for t in (gates.dc1, gates.dc2))
+        y = y + dc_attention(q, k, v, w1_TH, w2_TH, plan.dc_mask, plan.score_scale)
+    xsa, gate = (
+        None if t is None else t.expand(*h.shape[:2], -1).flatten(0, 1)
+        for t in (gates.xsa, gates.attention)
+    )
+    y = attention_epilogue(y, v, xsa, gate)
+    return y.flatten(1).unflatten(0, h.shape[:2]) @ scaled(weights.lambda_o, w_o).T
+
+
+def scaled(factor: Tensor | None, weight: Tensor) -> Tensor:
+    """factor·W in at least fp32, rounded to W's type before it is multiplied."""
+    return weight if factor is None else (weight.to(factor.dtype) * factor).to(weight.dtype)
