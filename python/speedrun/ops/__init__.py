@@ -14,10 +14,13 @@ from speedrun.ops.fp8_quantize import (
     refresh_mlp_weights,
     rms_norm_fp8_quantize,
 )
+from speedrun.ops.head_loss import Fp8Head, head_loss, quantize_head
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
+from speedrun.ops.softcap_ce import softcap_ce, softcap_ce_fp8
 from speedrun.ops.transpose import transpose, transpose_add_
 
 __all__ = [
+    "Fp8Head",
     "Fp8Layer",
     "Gemms",
     "backends_used",
@@ -28,9 +31,13 @@ __all__ = [
     "fp8_matmul_relu2",
     "fp8_quantize",
     "fp8_quantize_current",
+    "head_loss",
+    "quantize_head",
     "refresh_mlp_weights",
     "relu2_mlp",
     "rms_norm_fp8_quantize",
+    "softcap_ce",
+    "softcap_ce_fp8",
     "transpose",
     "transpose_add_",
     "use_backend",

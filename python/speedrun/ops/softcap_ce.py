@@ -1,9 +1,180 @@
-"""Front door of `softcap_ce`: softcapped cross-entropy. Backend: the reference."""
+"""Front doors of `softcap_ce`: softcapped cross-entropy against several weighted targets.
 
-from speedrun.reference.softcap_ce import (
-    NO_TARGET,
-    softcap,
-    softcap_ce,
+z (T, V) is the head's output before the softcap, T positions and V columns, all of which take part
+in the softmax. Targets (T, N) int64, weights (N,); a target of −1 counts nothing. The prefix target
+(T,) int64 is one more, with a weight of its own. `count_missing_targets` and `round_sigmoid` are
+the public kernel's: see the reference. Where compiled code meets another `prefix_weight` at each
+step, give it as a tensor (): a float would make it trace again.
+
+Errors: TypeError for a wrong type, ValueError for a wrong shape. Backend: the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speedrun.ops._library import define
+from speedrun.reference import softcap_ce as reference
+from speedrun.reference.softcap_ce import NO_TARGET, LossAndGrad, softcap
+
+__all__ = ["NO_TARGET", "LossAndGrad", "softcap", "softcap_ce", "softcap_ce_fp8"]
+
+FP8_PATH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (*FP8_PATH_DTYPES, torch.float64)
+# The reference has several copies of so many logits in float32. 32 MB are fastest on a CPU, which
+# gives larger tensors back to the system each time; GPUs want more work at once.
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 26}
+
+
+def softcap_ce(
+    z_TV: Tensor,
+    targets_TN: Tensor,
+    weights_N: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    *,
+    prefix_targets_T: Tensor | None = None,
+    prefix_weight: float | Tensor = 0.0,
+    count_missing_targets: bool = False,
+    round_sigmoid: bool = False,
+) -> Tensor:
+    """(T,) float32 (of float64: float64) loss Σ_n weights[n]·CE(a·σ((z + b)/c), targets[:, n]).
+
+    Differentiable in z, of any floating type.
+    """
+    check("softcap_ce", "z_TV", z_TV, targets_TN, weights_N, prefix_targets_T, prefix_weight)
+    return reference.softcap_ce(
+        z_TV,
+        targets_TN,
+        weights_N,
+        a,
+        b,
+        c,
+        prefix_targets_T=prefix_targets_T,
+        prefix_weight=prefix_weight,
+        count_missing_targets=count_missing_targets,
+        round_sigmoid=round_sigmoid,
+    )
+
+
+def softcap_ce_fp8(
+    z_TV: Tensor,
+    targets_TN: Tensor,
+    weights_N: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    dz_scale: Tensor,
+    *,
+    prefix_targets_T: Tensor | None = None,
+    prefix_weight: float | Tensor = 0.0,
+    count_missing_targets: bool = False,
+    round_sigmoid: bool = False,
+) -> LossAndGrad:
+    """Loss (T,), log-sum-exp of the softcapped logits (T,), both float32, and the gradient of the
+    summed losses over `dz_scale` (a float32 tensor of one element) (T, V) e5m2, clamped.
+
+    Not of float64. RuntimeError for a z that asks for a gradient: this is one.
+    """
+    op = "softcap_ce_fp8"
+    check(op, "z_TV", z_TV, targets_TN, weights_N, prefix_targets_T, prefix_weight, FP8_PATH_DTYPES)
+    if torch.is_grad_enabled() and z_TV.requires_grad:
+        raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad()")
+    if dz_scale.dtype != torch.float32 or dz_scale.numel() != 1:
+        raise TypeError(
+            f"{op}: dz_scale must be a float32 tensor of one element, got {dz_scale.dtype} "
+            f"{tuple(dz_scale.shape)}"
+        )
+    weight = as_scalar(prefix_weight, z_TV.device)
+    flags = (count_missing_targets, round_sigmoid)
+    return LossAndGrad(
+        *torch.ops.speedrun.softcap_ce_fp8(
+            z_TV, targets_TN, weights_N, a, b, c, prefix_targets_T, weight, *flags, dz_scale
+        )
+    )
+
+
+def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """`value` as a tensor () on `device`; of a float float64, so that nothing is rounded yet."""
+    if isinstance(value, Tensor):
+        return value.to(device).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def rows_at_once(num_columns: int, device: torch.device) -> int:
+    """How many rows of logits are LOGITS_AT_ONCE, at least 1."""
+    return max(1, LOGITS_AT_ONCE.get(device.type, 1 << 26) // max(1, num_columns))
+
+
+def check(
+    op: str,
+    name: str,
+    x: Tensor,
+    targets_TN: Tensor,
+    weights_N: Tensor,
+    prefix_targets_T: Tensor | None,
+    prefix_weight: float | Tensor,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
+    """Raises unless a loss of the positions of `x` (T, ..), called `name`, can be computed."""
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} has type {x.dtype}; allowed are {allowed}")
+    if not weights_N.dtype.is_floating_point:
+        raise TypeError(f"{op}: weights_N must be floating, got {weights_N.dtype}")
+    for index_name, index in (("targets_TN", targets_TN), ("prefix_targets_T", prefix_targets_T)):
+        if index is not None and index.dtype != torch.int64:
+            raise TypeError(f"{op}: {index_name} must be int64, got {index.dtype}")
+    shape = (*x.shape[:1], *weights_N.shape)
+    if x.dim() != 2 or targets_TN.dim() != 2 or targets_TN.shape != shape:
+        raise ValueError(
+            f"{op} needs {name} with 2 dimensions, targets_TN (T, N) and weights_N (N,), got "
+            f"{tuple(x.shape)}, {tuple(targets_TN.shape)} and {tuple(weights_N.shape)}"
+        )
+    if prefix_targets_T is not None:
+        if prefix_targets_T.shape != x.shape[:1]:
+            raise ValueError(
+                f"{op}: prefix_targets_T must be {tuple(x.shape[:1])} like {name}'s rows, got "
+                f"{tuple(prefix_targets_T.shape)}"
+            )
+    elif isinstance(prefix_weight, Tensor) or prefix_weight != 0:
+        raise ValueError(
+            f"{op}: prefix_weight={prefix_weight} without prefix_targets_T: give both or none"
+        )
+
+
+def _softcap_ce_fp8(
+    z, targets, weights, a, b, c, prefix_targets, prefix_weight, count_missing, rounded, dz_scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    result = reference.softcap_ce_fp8(
+        z,
+        targets,
+        weights,
+        a,
+        b,
+        c,
+        dz_scale,
+        rows=rows_at_once(z.shape[1], z.device),
+        prefix_targets_T=prefix_targets,
+        prefix_weight=prefix_weight,
+        count_missing_targets=count_missing,
+        round_sigmoid=rounded,
+    )
+    return tuple(result)
+
+
+def _fake_softcap_ce_fp8(z, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    loss, lse = (z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2))
+    return loss, lse, torch.empty(z.shape, dtype=torch.float8_e5m2, device=z.device)
+
+
+# Behind an operator although it is the reference: Inductor would leave out the rounding of σ.
+define(
+    "softcap_ce_fp8(Tensor z, Tensor targets, Tensor weights, float a, float b, float c, "
+    "Tensor? prefix_targets, Tensor prefix_weight, bool count_missing, bool rounded, "
+    "Tensor dz_scale) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_softcap_ce_fp8,
+    python=_softcap_ce_fp8,
 )
-
-__all__ = ["NO_TARGET", "softcap", "softcap_ce"]
