@@ -97,6 +97,7 @@ def test_later_overrides_win_and_others_stay():
         ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
         ("model.mlp.up=fp16", "expected one of bf16, fp8"),
         ("model.mlp.x_scale=delayed", "expected one of current, static"),
+        ("model=small", "can't be set as a whole; set the values inside it"),
         ("model.mlp=bf16", "can't be set as a whole; set the values inside it"),
         ("target_loss=low", "expected a number or one of gzip"),
         ("model.layers=short,medium", "role 'medium' is unknown; allowed: short, long, none"),

@@ -203,6 +203,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """Sizes of `BaselineGPT`, the plain GPT of the track `optimization` (RECIPE section 7)."""
+
+    num_layers: int
+    model_dim: int
+    head_dim: int
+    mlp_hidden: int
+    vocab_size: int | None = None  # None: that of the data's tokenizer
+    vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this
+    rotary_base: float = 1024.0
+    score_scale: float = 0.12
+    softcap: float = 15.0  # logits = softcap * z / sqrt(z^2 + softcap^2)
+    embed_std: float = 1.0
+    weight_variance: float = 0.33  # matrices start as N(0, weight_variance / fan_in)
+
+    bigram_rows: typing.ClassVar[int] = 0  # it has no tables, whose rows come with the batches
+    sign_rows: typing.ClassVar[int] = 0
+
+    padded_vocab_size = ModelConfig.padded_vocab_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.model_dim // self.head_dim
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of the schedule. Tuples of two are (start, end), gone through linearly."""
 
@@ -299,7 +325,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class Config:
     name: str
-    model: ModelConfig
+    model: ModelConfig | BaselineConfig
     optim: OptimConfig
     schedule: ScheduleConfig
     data: DataConfig = field(default_factory=DataConfig)

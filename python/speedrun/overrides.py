@@ -56,7 +56,10 @@ def _parse(text: str, hint: Any, key: str) -> Any:
                 return _parse(text, member, key)
             except ConfigError as error:
                 allowed.append(str(error).partition("expected ")[2])
-        raise ConfigError(f"--set {key}={text!r}: expected {' or '.join(allowed)}")
+        if any(allowed):
+            raise ConfigError(
+                f"--set {key}={text!r}: expected {' or '.join(filter(None, allowed))}"
+            )
     if origin is Literal:
         if text not in args:
             raise ConfigError(f"--set {key}={text!r}: expected one of {', '.join(map(str, args))}")
