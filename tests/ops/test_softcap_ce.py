@@ -1,32 +1,45 @@
-"""`softcap_ce` against its definition and the public program's losses."""
+"""`softcap_ce` against its definition and the public program's losses and gradients."""
 
+import importlib
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
-from speedrun.ops.softcap_ce import NO_TARGET, softcap, softcap_ce
-from train_helpers import FLOAT64_NOISE, golden, normal
+from numerics import assert_same_bits
+from speedrun.ops.softcap_ce import NO_TARGET, softcap, softcap_ce, softcap_ce_fp8
+from speedrun.reference import softcap_ce as reference
+from train_helpers import FLOAT64_NOISE, from_golden, golden, normal
 
 A, B, C = 23.0, 5.0, 7.5  # RECIPE section 3
+E5M2 = torch.float8_e5m2
+SCALE = torch.tensor(0.75 / 448)  # of the gradient, in FP8
 
 
-def definition(z_TV, targets_TN, weights_N):
+def definition(z_TV, targets_TN, weights_N, prefixes=None, prefix_weight=0.0):
     losses = []
-    for z, targets in zip(z_TV.tolist(), targets_TN.tolist(), strict=True):
+    prefixes = [NO_TARGET] * len(z_TV) if prefixes is None else prefixes.tolist()
+    weights = [*weights_N.tolist(), prefix_weight]
+    for z, targets, prefix in zip(z_TV.tolist(), targets_TN.tolist(), prefixes, strict=True):
         logits = [A / (1 + math.exp(-(value + B) / C)) for value in z]
         log_sum = math.log(sum(math.exp(logit) for logit in logits))
-        pairs = zip(targets, weights_N.tolist(), strict=True)
+        pairs = zip([*targets, prefix], weights, strict=True)
         losses.append(sum(w * (log_sum - logits[n]) for n, w in pairs if n != NO_TARGET))
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def run(z, targets, weights):
-    return softcap_ce(z, targets, weights, A, B, C)
+def run(z, targets, weights, **options):
+    return softcap_ce(z, targets, weights, A, B, C, **options)
 
 
+# Missing ones, one target three times, none at all.
 TARGETS = torch.tensor([[0, 1, -1], [4, 4, 4], [6, -1, -1], [-1, 2, 0], [-1, -1, -1]])
 WEIGHTS = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+PREFIXES = torch.tensor([3, 4, -1, 2, -1])  # also one that is a target; none; alone
+PREFIX = {"prefix_targets_T": PREFIXES, "prefix_weight": 0.3}
 
 
 def test_definition():
@@ -34,6 +47,19 @@ def test_definition():
     expected = definition(z, TARGETS, WEIGHTS)
     torch.testing.assert_close(run(z, TARGETS, WEIGHTS), expected, **FLOAT64_NOISE)
     assert expected[-1] == 0 and (expected[:-1] > 0).all()
+
+
+def test_prefix_is_one_more_target():
+    z = normal(5, 7) * 20
+    expected = definition(z, TARGETS, WEIGHTS, PREFIXES, 0.3)
+    torch.testing.assert_close(run(z, TARGETS, WEIGHTS, **PREFIX), expected, **FLOAT64_NOISE)
+    weight = torch.tensor([0.3], dtype=torch.float64)
+    found = run(z, TARGETS, WEIGHTS, prefix_targets_T=PREFIXES, prefix_weight=weight)
+    assert torch.equal(found, run(z, TARGETS, WEIGHTS, **PREFIX))
+    assert (
+        expected[-1] == 0
+        and (expected[[0, 1, 3]] > definition(z, TARGETS, WEIGHTS)[[0, 1, 3]]).all()
+    )
 
 
 def test_every_column_takes_part():
@@ -54,34 +80,102 @@ def test_softcap():
     assert softcap(z, A, B, C).tolist() == [0.0, A / 2, A]
 
 
+@pytest.mark.parametrize("size", [1e4, 1e30, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extreme_values(dtype):
+def test_extreme_values(dtype, size):
     """Saturated logits: the loss is 0 or the cap, the gradient 0, both finite."""
-    z = torch.full((2, 4), -1e30, dtype=dtype)
-    z[:, 1] = 1e30
+    z = torch.full((2, 4), -size, dtype=dtype)
+    z[:, 1] = size
     z.requires_grad_()
     losses = run(z, torch.tensor([[1], [2]]), torch.ones(1))
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert losses.tolist() == pytest.approx([math.log1p(3 * math.exp(-A)), A], rel=1e-6, abs=1e-6)
     assert z.grad.isfinite().all()
+    fp8 = softcap_ce_fp8(z.detach(), torch.tensor([[1], [2]]), torch.ones(1), A, B, C, SCALE)
+    assert torch.equal(fp8.loss_T, losses) and (fp8.dz_TV.float() == 0).all()
 
 
-def test_gradients():
+# ---- Gradients --------------------------------------------------------------------------------
+
+
+def gradient(z_TV, targets_TN, weights_N, prefixes, prefix_weight, counted, rounded):
+    """RECIPE's and the public kernel's, position by position and column by column."""
+    dz_TV = torch.zeros_like(z_TV)
+    for t, (z, targets) in enumerate(zip(z_TV.tolist(), targets_TN.tolist(), strict=True)):
+        sigmoid = [1 / (1 + math.exp(-(value + B) / C)) for value in z]
+        if rounded:
+            sigmoid = torch.tensor(sigmoid).bfloat16().tolist()
+        total = sum(math.exp(A * s) for s in sigmoid)
+        weights = [*weights_N.tolist(), prefix_weight]
+        pairs = list(zip([*targets, prefixes[t].item()], weights, strict=True))
+        counts = [w for n, w in pairs if n != NO_TARGET]
+        if counted and targets[0] != NO_TARGET:
+            counts += [w for n, w in pairs[:-1] if n == NO_TARGET]
+        for v, s in enumerate(sigmoid):
+            own = sum(w for n, w in pairs if n == v)
+            dz_TV[t, v] = (sum(counts) * math.exp(A * s) / total - own) * A / C * s * (1 - s)
+    return dz_TV
+
+
+SWITCHES = list(itertools.product([False, True], repeat=2))
+
+
+@pytest.mark.parametrize(("counted", "rounded"), SWITCHES)
+def test_gradient_by_autograd_and_explicit(counted, rounded):
+    z = (normal(5, 7) * 20).requires_grad_()
+    options = {**PREFIX, "count_missing_targets": counted, "round_sigmoid": rounded}
+    expected = gradient(z.detach(), TARGETS, WEIGHTS, PREFIXES, 0.3, counted, rounded)
+    losses = run(z, TARGETS, WEIGHTS, **options)
+    losses.sum().backward()
+    torch.testing.assert_close(z.grad, expected, **FLOAT64_NOISE)
+    explicit = reference.softcap_ce_grad(z, TARGETS, WEIGHTS, A, B, C, **options)
+    torch.testing.assert_close(explicit.dz_TV, expected, **FLOAT64_NOISE)
+    assert torch.equal(explicit.loss_T, losses.detach())
+    lse = softcap(z.detach(), A, B, C, rounded).exp().sum(1).log()
+    torch.testing.assert_close(explicit.lse_T, lse, **FLOAT64_NOISE)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_counting_missing_targets_keeps_the_loss(counted):
+    """And a position without its first target, such as padding, stays without a gradient."""
     z = (normal(5, 7) * 5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: run(z, TARGETS, WEIGHTS), z)
+    losses = run(z, TARGETS, WEIGHTS, count_missing_targets=counted)
+    assert torch.equal(losses, run(z, TARGETS, WEIGHTS))
+    losses.sum().backward()
+    assert (z.grad[-1] == 0).all() and (z.grad[:-1] != 0).all()
+
+
+def test_rounded_sigmoid_is_a_bf16_number():
+    z = normal(5, 7) * 20
+    sigmoid = softcap(z, A, B, C, True) / A
+    torch.testing.assert_close(sigmoid, sigmoid.bfloat16().double(), rtol=2**-50, atol=0)
+    assert (sigmoid - softcap(z, A, B, C) / A).abs().max() > 2**-12
+    losses = run(z, TARGETS, WEIGHTS, round_sigmoid=True)
+    assert (losses - run(z, TARGETS, WEIGHTS))[:-1].abs().min() > 2**-12
+
+
+@pytest.mark.parametrize("options", [{}, PREFIX], ids=["targets", "prefix"])
+def test_gradcheck(options):
+    z = (normal(5, 7) * 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: run(z, TARGETS, WEIGHTS, **options), z)
+
+
+# ---- The public program -----------------------------------------------------------------------
 
 
 def golden_losses(shared_data):
-    """z that the stored float64 logits come from, the four targets a position, the arrays."""
+    """z that the stored float64 logits come from, the targets, the prefixes, the arrays."""
     io = golden(shared_data, "io.npz")
-    logits = torch.from_numpy(io["logits"])
-    z = C * torch.logit(logits / A) - B
+    z = C * torch.logit(torch.from_numpy(io["logits"]) / A) - B
     targets = torch.from_numpy(io["targets"])
-    padded = torch.cat([targets, torch.full((2,), NO_TARGET)])
     prefixes = torch.from_numpy(io["prefix_table"]).long()[targets]
-    columns = [padded[n : n + len(targets)] for n in range(3)]
-    return z, torch.stack([*columns, prefixes], dim=1), io
+    return z, shifted(targets), prefixes, io
+
+
+def shifted(targets):
+    padded = torch.cat([targets, torch.full((2,), NO_TARGET)])
+    return torch.stack([padded[n : n + len(targets)] for n in range(3)], dim=1)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +187,199 @@ def golden_losses(shared_data):
     ],
 )
 def test_losses_of_the_public_program(shared_data, name, weights):
-    """Prefix targets are a fourth column; a missing one is −1 in the table as here."""
-    z, targets, io = golden_losses(shared_data)
-    found = run(z, targets, torch.tensor(weights, dtype=torch.float64))
+    z, targets, prefixes, io = golden_losses(shared_data)
+    *weights, prefix_weight = weights
+    options = {"prefix_targets_T": prefixes, "prefix_weight": prefix_weight}
+    found = run(z, targets, torch.tensor(weights, dtype=torch.float64), **options)
     torch.testing.assert_close(found, torch.from_numpy(io[name]), **FLOAT64_NOISE)
 
 
-def test_gradient_of_the_public_loss_at_the_batch_end(shared_data):
-    z, targets, io = golden_losses(shared_data)
-    z.requires_grad_()
-    run(z, targets, torch.tensor([1.0, 0.5, 0.25, 0.25], dtype=torch.float64)).sum().backward()
-    torch.testing.assert_close(z.grad[-2:], torch.from_numpy(io["dz_last2"]), **FLOAT64_NOISE)
+def test_gradients_of_the_public_program_at_the_batch_end(shared_data):
+    """Of the loss, and what its kernel has instead: they differ only in the last two positions."""
+    z, targets, prefixes, io = golden_losses(shared_data)
+    grads = {}
+    for name, counted in (("dz_last2", False), ("dz_last2_all_weights", True)):
+        options = {"prefix_targets_T": prefixes, "prefix_weight": 0.25}
+        options["count_missing_targets"] = counted
+        x = z.clone().requires_grad_()
+        run(x, targets, WEIGHTS, **options).sum().backward()
+        explicit = reference.softcap_ce_grad(z, targets, WEIGHTS, A, B, C, **options).dz_TV
+        for grad in (x.grad, explicit):
+            torch.testing.assert_close(grad[-2:], torch.from_numpy(io[name]), **FLOAT64_NOISE)
+        grads[counted] = explicit
+    assert torch.equal(grads[False][:-2], grads[True][:-2])
+    assert (grads[False][-2:] - grads[True][-2:]).abs().amax(1).min() > 1e-3
+
+
+def golden_head(shared_data):
+    """Its arrays; FP8 ones stay bytes."""
+    prefix, arrays = "head/", golden(shared_data, "fp8_a.npz")
+    return {
+        key.removeprefix(prefix): from_golden(array)
+        for key, array in arrays.items()
+        if key.startswith(prefix)
+    }
+
+
+def test_fp8_kernel_of_the_public_program(shared_data):
+    """From its bf16 logits: σ, the log-sum-exp, losses and the gradient's bytes, all exact."""
+    h = golden_head(shared_data)
+    sigmoid = torch.sigmoid((h["logits"].float() + B) / C).bfloat16()
+    assert_same_bits(sigmoid, h["softcap_sigmoid"])
+    assert torch.equal(softcap(h["logits"], A, B, C, True), A * sigmoid.float())
+    grad_scale, dz_scale = h["scales"][3].float(), h["scales"][2].float()
+    loss, lse, dz = softcap_ce_fp8(
+        h["logits"],
+        shifted(h["targets"]),
+        h["mtp_weights"],
+        A,
+        B,
+        C,
+        dz_scale / grad_scale,  # a power of two: both bytes are those of the gradient of the sum
+        prefix_targets_T=h["prefix_targets"],
+        prefix_weight=h["prefix_weight"],
+        count_missing_targets=True,
+        round_sigmoid=True,
+    )
+    assert_same_bits(lse, h["lse"])
+    assert_same_bits(loss, h["losses"])
+    assert_same_bits(dz.view(torch.uint8), h["grad_logits_f8"])
+
+
+# ---- With the gradient in FP8 -----------------------------------------------------------------
+
+ALL = {**PREFIX, "count_missing_targets": True, "round_sigmoid": True}
+ops_module = importlib.import_module("speedrun.ops.softcap_ce")
+
+
+def run_fp8(z, targets=TARGETS, weights=WEIGHTS, scale=SCALE, **options):
+    return softcap_ce_fp8(z, targets, weights.float(), A, B, C, scale, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fp8_is_the_gradient_over_its_scale(dtype):
+    z = normal(5, 7, dtype=dtype) * 5
+    exact = reference.softcap_ce_grad(z.double(), TARGETS, WEIGHTS, A, B, C, **ALL)
+    found = run_fp8(z, **ALL)
+    assert (found.dz_TV.dtype, found.loss_T.dtype, found.lse_T.dtype) == (
+        E5M2,
+        torch.float32,
+        torch.float32,
+    )
+    # σ in float32 may be rounded to the other bf16 number, 2^-9 away, if it lies between two.
+    torch.testing.assert_close(found.loss_T.double(), exact.loss_T, rtol=1e-5, atol=1e-5)
+    size = (exact.dz_TV / SCALE.double()).abs()
+    half_step = torch.exp2(size.clamp(min=2.0**-14).log2().floor()) * 2.0**-3
+    error = (found.dz_TV.double() - exact.dz_TV / SCALE.double()).abs()
+    assert (error <= half_step + 1e-4 * size).all()
+    assert error.max() > 0
+
+
+def test_fp8_saturates():
+    z = torch.zeros(1, 4)
+    found = run_fp8(z, torch.tensor([[1]]), torch.ones(1), scale=SCALE * 1e-8)
+    assert found.dz_TV.float().tolist() == [[57344.0, -57344.0, 57344.0, 57344.0]]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_fp8_in_chunks_of_rows(monkeypatch, rows):
+    z = normal(5, 7, dtype=torch.bfloat16) * 5
+    expected, seen, original = run_fp8(z, **ALL), [], reference.softcap_ce_grad
+
+    def spy(z, *arguments, **options):
+        seen.append(len(z))
+        return original(z, *arguments, **options)
+
+    monkeypatch.setitem(ops_module.LOGITS_AT_ONCE, "cpu", 7 * rows)
+    monkeypatch.setattr(reference, "softcap_ce_grad", spy)
+    for mine, same in zip(run_fp8(z, **ALL), expected, strict=True):
+        assert_same_bits(mine, same)
+    assert max(seen) == rows and sum(seen) == 5
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_positions(rows):
+    z, targets = normal(5, 7, dtype=torch.bfloat16)[:rows], TARGETS[:rows]
+    found = run_fp8(z, targets)
+    assert [x.shape for x in found] == [(rows,), (rows,), (rows, 7)]
+    assert_same_bits(found.loss_T, run(z, targets, WEIGHTS.float()))
+    all_rows = run_fp8(normal(5, 7, dtype=torch.bfloat16))
+    for mine, expected in zip(found, all_rows, strict=True):
+        assert_same_bits(mine, expected[:rows])
+
+
+def test_not_contiguous():
+    z, targets = normal(5, 7) * 5, TARGETS
+    wide, wide_targets = z.repeat_interleave(2, 1)[:, ::2], targets.mT.contiguous().mT
+    prefixes = PREFIXES.repeat_interleave(3)[::3]
+    options = {**ALL, "prefix_targets_T": prefixes}
+    assert not wide.is_contiguous() and not wide_targets.is_contiguous()
+    assert torch.equal(run(wide, wide_targets, WEIGHTS, **options), run(z, targets, WEIGHTS, **ALL))
+    found = run_fp8(wide.float(), wide_targets, **options)
+    for mine, expected in zip(found, run_fp8(z.float(), **ALL), strict=True):
+        assert mine.is_contiguous()
+        assert_same_bits(mine, expected)
+
+
+def test_opcheck():
+    z = normal(5, 7, dtype=torch.bfloat16)
+    weight = torch.tensor(0.3)
+    for prefixes in (None, PREFIXES):
+        arguments = (z, TARGETS, WEIGHTS.float(), A, B, C, prefixes, weight, True, True, SCALE)
+        torch.library.opcheck(torch.ops.speedrun.softcap_ce_fp8.default, arguments)
+
+
+def test_two_runs_are_bitwise_equal():
+    z = normal(64, 300, dtype=torch.bfloat16) * 5
+    targets = torch.from_numpy(np.random.default_rng(0).integers(-1, 4, (64, 3)))
+    for first, second in zip(*(run_fp8(z, targets) for _ in range(2)), strict=True):
+        assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_fullgraph_without_recompiling(compiler):
+    """With another weight of the prefix at each call, a tensor; σ is rounded in there too."""
+
+    def function(z, weight):
+        options = {**ALL, "prefix_weight": weight}
+        return run_fp8(z * 2, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (0, 1):
+            z, weight = normal(5, 7, seed=seed, dtype=torch.float32), torch.tensor(0.25 - seed / 8)
+            for mine, expected in zip(compiled(z, weight), function(z, weight), strict=True):
+                assert_same_bits(mine, expected)
+
+
+def test_refusals():
+    z, weights = normal(5, 7), WEIGHTS
+    with pytest.raises(
+        TypeError, match=r"softcap_ce: z_TV has type torch\.int64; allowed are float"
+    ):
+        run(z.long(), TARGETS, weights)
+    with pytest.raises(TypeError, match=r"softcap_ce_fp8: z_TV has type torch\.float64"):
+        run_fp8(z)
+    with pytest.raises(TypeError, match=r"targets_TN must be int64, got torch\.int32"):
+        run(z, TARGETS.int(), weights)
+    with pytest.raises(TypeError, match=r"prefix_targets_T must be int64, got torch\.float64"):
+        run(z, TARGETS, weights, prefix_targets_T=PREFIXES.double(), prefix_weight=1.0)
+    with pytest.raises(TypeError, match=r"weights_N must be floating, got torch\.int64"):
+        run(z, TARGETS, weights.long())
+    for wrong in [(z[0], TARGETS, weights), (z, TARGETS[:4], weights), (z, TARGETS, weights[:2])]:
+        with pytest.raises(ValueError, match=r"targets_TN \(T, N\) and weights_N \(N,\), got"):
+            run(*wrong)
+    with pytest.raises(ValueError, match=r"targets_TN \(T, N\)"):
+        run(z, TARGETS[:, 0], weights[0])
+    with pytest.raises(ValueError, match=r"prefix_targets_T must be \(5,\) like z_TV's rows, got"):
+        run(z, TARGETS, weights, prefix_targets_T=PREFIXES[:4], prefix_weight=1.0)
+    with pytest.raises(ValueError, match=r"prefix_weight=0\.5 without prefix_targets_T"):
+        run(z, TARGETS, weights, prefix_weight=0.5)
+    for wrong in (SCALE.double(), SCALE.expand(2)):
+        with pytest.raises(TypeError, match="dz_scale must be a float32 tensor of one element"):
+            run_fp8(z.float(), scale=wrong)
+    with pytest.raises(RuntimeError, match="softcap_ce_fp8 has no gradient"):
+        run_fp8(z.float().requires_grad_())
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        run(z, TARGETS + 4, weights)
