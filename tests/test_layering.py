@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "schedule": {"config"},
     "recipes": {"config", "recipes"},
     "model": {"ops", "config", "batch", "layer", "gates", "fp8_state"},
+    "baseline_model": {"ops", "config", "batch"},
     "layer": {"ops", "config", "gates"},
     "batch": {"ops"},
     "gates": {"config"},
