@@ -45,18 +45,18 @@ def run(x, w, arguments, options, grad_T=None):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Chunks of 4 rows of problem()'s 21 columns; a list of the logits' shapes at each loss."""
+    """Chunks of 4 rows of problem()'s 21 columns; what computed each loss, of which logits."""
     seen = []
 
-    def spied(function):
+    def spied(name, function):
         def spy(z, *arguments, **options):
-            seen.append(tuple(z.shape))
+            seen.append((name, *z.shape))
             return function(z, *arguments, **options)
 
         return spy
 
     for name in ("softcap_ce", "softcap_ce_grad"):
-        monkeypatch.setattr(reference, name, spied(getattr(reference, name)))
+        monkeypatch.setattr(reference, name, spied(name, getattr(reference, name)))
     monkeypatch.setitem(softcap_module.LOGITS_AT_ONCE, "cpu", 4 * 21 + 20)
     return seen
 
@@ -103,37 +103,38 @@ def test_chunks_are_as_accurate(chunks, dtype):
     x, w, arguments, options = problem(dtype=dtype)
     exact = run(x.double(), w.double(), arguments, options)
     found = run(x, w, arguments, options)
-    assert max(chunks) == (4, 21)
+    assert max(chunks) == ("softcap_ce_grad", 4, 21)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(softcap_module.LOGITS_AT_ONCE, "cpu", 1 << 20)
         same = run(x, w, arguments, options)
-    assert chunks[-1] == (13, 21)
+    assert chunks[-1] == ("softcap_ce", 13, 21)
     for mine, plain, ref64 in zip(found, same, exact, strict=True):
         assert_accurate(mine, plain, ref64)
 
 
 def test_never_holds_more_logits(chunks):
-    """Forward, backward, without gradients; up to the limit all at once."""
+    """Forward, backward, without gradients; up to the limit all at once, by autograd."""
     x, w, arguments, options = problem()
     run(x, w, arguments, options)
-    assert chunks == [(4, 21)] * 3 + [(1, 21)]
+    once = [("softcap_ce_grad", 4, 21)] * 3 + [("softcap_ce_grad", 1, 21)]
+    assert chunks == once
     chunks.clear()
     run(x, w, arguments, options, torch.arange(13.0, dtype=torch.float64))
-    assert chunks == 2 * ([(4, 21)] * 3 + [(1, 21)])
+    assert chunks == 2 * once
     chunks.clear()
     loss = head_loss(x, w, *arguments, **options)
-    assert chunks == [(4, 21)] * 3 + [(1, 21)] and not loss.requires_grad
+    assert chunks == [("softcap_ce", 4, 21)] * 3 + [("softcap_ce", 1, 21)]
     torch.testing.assert_close(loss, softcap_ce(x @ w, *arguments, **options), **FLOAT64_NOISE)
     chunks.clear()
     run(*problem(4))
-    assert chunks == [(4, 21)]
+    assert chunks == [("softcap_ce", 4, 21)]
 
 
 def test_chunks_gradcheck(chunks):
     x, w, arguments, options = problem(6, 3)
     inputs = [t.requires_grad_() for t in (x, w)]
     assert torch.autograd.gradcheck(lambda x, w: head_loss(x, w, *arguments, **options), inputs)
-    assert max(chunks) == (4, 21)
+    assert max(chunks) == ("softcap_ce_grad", 4, 21)
 
 
 def test_chunks_with_one_gradient_wanted(chunks):
@@ -144,7 +145,7 @@ def test_chunks_with_one_gradient_wanted(chunks):
         head_loss(x, w, *arguments, **options).sum().backward()
         assert torch.equal(tensor.grad, expected[index + 1])
         tensor.requires_grad_(False)
-    assert max(chunks) == (4, 21)
+    assert max(chunks) == ("softcap_ce_grad", 4, 21)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -363,7 +364,7 @@ def test_compiles_fullgraph_without_recompiling(kind):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_chunks_compile(chunks, compiler):
     compiles_to_the_same(compiler, "chunks")
-    assert max(chunks) == (4, 21)
+    assert max(chunks) == ("softcap_ce_grad", 4, 21)
 
 
 def test_fp8_compiles_with_inductor():
