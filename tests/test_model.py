@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from speedrun.batch import LossWeights, shifted_targets
-from speedrun.config import LayerSpec, MLPConfig, Windows
+from speedrun.config import HeadConfig, LayerSpec, MLPConfig, Windows
 from speedrun.fp8_state import Fp8MLPState
 from speedrun.model import GPT
 from speedrun.ops.relu2_mlp import Gemms
+from speedrun.ops.softcap_ce import LOGITS_AT_ONCE
 from train_helpers import (
     FLOAT64_NOISE,
     from_golden,
@@ -169,7 +170,7 @@ def test_validation_loss_in_pieces(monkeypatch):
     )
     plans = model.plan_windows(batch, WINDOWS)
     for at_once in (1, 7 * 32, 1 << 24):
-        monkeypatch.setattr("speedrun.model.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
         loss = model.validation_loss(batch, plans)
         torch.testing.assert_close(loss, expected, **FLOAT64_NOISE)
 
@@ -325,8 +326,8 @@ def test_bf16():
 # ---- FP8 in the MLP ------------------------------------------------------------------------------
 
 
-def fp8_model(**choices):
-    config = dataclasses.replace(CONFIG, mlp=MLPConfig(**choices))
+def fp8_model(head=HeadConfig(), **choices):
+    config = dataclasses.replace(CONFIG, mlp=MLPConfig(**choices), head=head)
     model = GPT(config, torch.bfloat16, fp8=True)
     model.load_state_dict(random_model(dtype=torch.bfloat16).state_dict(), strict=False)
     return model
@@ -422,7 +423,7 @@ def test_each_micro_batch_sets_the_next_ones_scale():
 
 
 def test_all_bf16_needs_no_state():
-    model = fp8_model(up="bf16", down="bf16")
-    assert model.fp8_mlp is None
+    model = fp8_model(HeadConfig(fp8=False), up="bf16", down="bf16")
+    assert model.fp8_mlp is None and model.fp8_head is None
     batch = make_batch(CONFIG, 1, [0, 5, 40])
     assert train_once(model, batch) == train_once(random_model(dtype=torch.bfloat16), batch)

@@ -122,10 +122,10 @@ class HeadConfig:
     x_amax: float = 100.0
     w_amax: float = 1.6
     grad_amax: float = 0.75
-    # The public kernel's: the gradient counts the weights of targets behind the batch's end, and
-    # the softcap's sigmoid is rounded to bf16 (in FP8 training only).
-    count_missing_targets: bool = True
-    round_sigmoid: bool = True
+    # What the public kernel does: its gradient counts the weights of targets behind the batch's
+    # end, and it rounds the softcap's sigmoid to bf16 (here in FP8 training only).
+    count_missing_targets: bool = False
+    round_sigmoid: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,9 @@ class OptimConfig:
 class DataConfig:
     default: Literal["fineweb", "stdlib"] = "fineweb"  # what to train on without --data or --text
     train_shards: int = 9  # shards `fineweb` fetches
+    # Whole documents from their BOS, or all tokens in order, in sequences of max_seq_len, in
+    # training and validation.
+    batching: Literal["documents", "consecutive"] = "documents"
     long_documents: Literal["cut", "split"] = "cut"
     repeat: bool = False
     cu_seqlens_entries: int | None = None  # None: by the rule of RECIPE section 2

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from speedrun.config import MLPConfig
+from speedrun.config import HeadConfig, MLPConfig
 from speedrun.ops.fp8_quantize import MlpWeights, delayed_scale, refresh_mlp_weights
+from speedrun.ops.head_loss import Fp8Head, quantize_head
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms
 
 
@@ -53,3 +54,16 @@ class Fp8MLPState(nn.Module):
     def update(self, layers: list[Fp8Layer]) -> None:
         """After a forward pass: the scales of the next one. New tensors, as `Fp8Layer` says."""
         self.post_scale_L = delayed_scale(torch.stack([layer.post_amax for layer in layers]))
+
+
+class Fp8HeadState:
+    """FP8 copies of the head's weight. Its scales are constants, so nothing else is kept."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        self.amax = {name: getattr(config, name) for name in ("x_amax", "w_amax", "grad_amax")}
+        self.weights: Fp8Head | None = None
+
+    @torch.no_grad()
+    def refresh(self, lm_head: Tensor) -> None:
+        """Quantise the weight anew; once a step, before its first micro-batch."""
+        self.weights = quantize_head(lm_head, **self.amax)

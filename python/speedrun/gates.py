@@ -76,23 +76,49 @@ class GateLayout:
         return {layer: Gates(**gates) for layer, gates in by_layer.items()}
 
 
-def mudd_layer_starts(config: ModelConfig, residual_start: float) -> Tensor:
-    """(14,) start values of the factors of a MUDD layer, in the order of RECIPE's μ."""
-    return torch.tensor(
-        [
-            *(0.0, 0.0, 0.0),  # c0, saved x and x into the values
-            *(0.0, 0.0, 0.0),  # c0, saved x and x into x, before attention
-            *(2.0, 2.0),  # value embedding, by half of the heads
-            *(residual_start, 1.0, 0.0, config.bigram_scale),  # x, attention, c0, bigram
-            *(residual_start, 1.0),  # x, MLP
-        ]
+class MuddLayer(NamedTuple):
+    """Factors by which a MUDD layer mixes streams, each (P, T, 1); or their start values."""
+
+    v_c0: Tensor | float  # into the values
+    v_saved: Tensor | float
+    v_x: Tensor | float
+    c0: Tensor | float  # into x before attention's output
+    saved: Tensor | float
+    x: Tensor | float  # beside 1
+    ve_low: Tensor | float  # on the value embedding in the first half of the heads
+    ve_high: Tensor | float
+    r_attn: Tensor | float  # behind attention: on x, on the output, c0 and bigram embedding
+    p_attn: Tensor | float
+    c0_attn: Tensor | float
+    bigram: Tensor | float
+    r_mlp: Tensor | float
+    p_mlp: Tensor | float
+
+
+class MuddOut(NamedTuple):
+    """Factors of what is added to x behind the last layer; or their start values."""
+
+    c0: Tensor | float
+    saved: Tensor | float
+    mudd_input: Tensor | float  # x before the MUDD layer
+    value_embed: Tensor | float  # the first one
+    first_saved: Tensor | float
+
+
+def mudd_starts(config: ModelConfig, residual_start: float) -> tuple[MuddLayer, MuddOut]:
+    """The factors at the start: as in other layers, nothing mixed; half of saved x taken out."""
+    layer = MuddLayer(
+        *(0.0,) * 6,
+        ve_low=2.0,
+        ve_high=2.0,
+        r_attn=residual_start,
+        p_attn=1.0,
+        c0_attn=0.0,
+        bigram=config.bigram_scale,
+        r_mlp=residual_start,
+        p_mlp=1.0,
     )
-
-
-def mudd_out_starts() -> Tensor:
-    """(5,) of c0, the last saved x, the MUDD layer's input, the first value embedding, the first
-    saved x."""
-    return torch.tensor([0.0, -0.5, 0.0, 0.0, 0.0])
+    return layer, MuddOut(0.0, -0.5, 0.0, 0.0, 0.0)
 
 
 def small_network(

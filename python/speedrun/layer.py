@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speedrun.config import LayerSpec, ModelConfig
-from speedrun.gates import Gates
+from speedrun.gates import Gates, MuddLayer
 from speedrun.ops.attention import AttentionPlan, attention
 from speedrun.ops.attention_epilogue import attention_epilogue
 from speedrun.ops.dc_attention import dc_attention
@@ -79,31 +79,42 @@ def layer_forward(
     x: Tensor,
     streams: Streams,
     gates: Gates,
-    mudd: tuple[Tensor, ...] | None,
+    mudd: MuddLayer | None,
     weights: LayerWeights,
     plan: BatchPlan,
     fp8: Fp8Layer | None,
 ) -> Tensor:
-    """x behind one layer: skip, attention, MLP. `mudd`: the mixing factors of a MUDD layer."""
+    """x behind one layer: skip, attention, MLP. `mudd`: the factors of a MUDD layer."""
     if gates.skip is not None:
         x = residual_mix([(1.0, x), (gates.skip, streams.saved)])
     if spec.attention is not None:
         h = norm(streams.saved if spec.shared_input else x)
         extra_v = value_terms(config, h, x, streams, weights.ve_gate, mudd)
         a = attend(config, spec, h, extra_v, gates, weights, plan)
-        if mudd is not None:
-            x = residual_mix([(1 + mudd[5], x), (mudd[3], streams.c0), (mudd[4], streams.saved)])
-            terms = [(mudd[8], x), (mudd[9], a), (mudd[10], streams.c0)]
-        else:
-            terms = [(weights.r_attn, x), (weights.p_attn, a)]
-            terms += [(gates.x0, streams.x0)] if gates.x0 is not None else []
-        bigram_gate = gates.bigram if mudd is None else mudd[11]
-        if streams.bigram is not None and bigram_gate is not None:
-            terms.append((bigram_gate, streams.bigram))
-        x = residual_mix(terms)
-    mlp = relu2_mlp(norm(x), weights.up_FD, weights.down_FD, fp8)
-    r, p = (weights.r_mlp, weights.p_mlp) if mudd is None else mudd[12:14]
-    return residual_mix([(r, x), (p, mlp)])
+        x = mix_attention(x, a, streams, gates, weights, mudd)
+    r, p = (weights.r_mlp, weights.p_mlp) if mudd is None else (mudd.r_mlp, mudd.p_mlp)
+    return residual_mix([(r, x), (p, relu2_mlp(norm(x), weights.up_FD, weights.down_FD, fp8))])
+
+
+def mix_attention(
+    x: Tensor,
+    a: Tensor,
+    streams: Streams,
+    gates: Gates,
+    weights: LayerWeights,
+    mudd: MuddLayer | None,
+) -> Tensor:
+    """x with attention's output `a`, and gated shares of first stream and bigram embedding."""
+    if mudd is None:
+        terms = [(weights.r_attn, x), (weights.p_attn, a)]
+        terms += [] if gates.x0 is None else [(gates.x0, streams.x0)]
+    else:
+        x = residual_mix([(1 + mudd.x, x), (mudd.c0, streams.c0), (mudd.saved, streams.saved)])
+        terms = [(mudd.r_attn, x), (mudd.p_attn, a), (mudd.c0_attn, streams.c0)]
+    bigram_gate = gates.bigram if mudd is None else mudd.bigram
+    if streams.bigram is not None and bigram_gate is not None:
+        terms.append((bigram_gate, streams.bigram))
+    return residual_mix(terms)
 
 
 def value_terms(
@@ -112,7 +123,7 @@ def value_terms(
     x: Tensor,
     streams: Streams,
     ve_gate: Tensor | None,
-    mudd: tuple[Tensor, ...] | None,
+    mudd: MuddLayer | None,
 ) -> Tensor | None:
     """What is added to a layer's values: its gated value embedding, and MUDD's streams."""
     heads = (config.num_heads, config.head_dim)
@@ -122,10 +133,12 @@ def value_terms(
             columns = [t[..., :VE_GATE_COLUMNS] for t in (h, streams.value_embed)]
             gate_PTH = 2 * torch.sigmoid(torch.cat(columns, dim=-1) @ ve_gate.T)
         else:  # one factor for each half of the heads
-            gate_PTH = torch.cat(mudd[6:8], dim=-1).repeat_interleave(heads[0] // 2, dim=-1)
+            halves = torch.cat([mudd.ve_low, mudd.ve_high], dim=-1)
+            gate_PTH = halves.repeat_interleave(heads[0] // 2, dim=-1)
         extra = (streams.value_embed.unflatten(-1, heads) * gate_PTH[..., None]).flatten(-2)
     if mudd is not None:
-        mixed = residual_mix([(mudd[0], streams.c0), (mudd[1], streams.saved), (mudd[2], x)])
+        terms = [(mudd.v_c0, streams.c0), (mudd.v_saved, streams.saved), (mudd.v_x, x)]
+        mixed = residual_mix(terms)
         extra = mixed if extra is None else extra + mixed
     return extra
 
@@ -158,14 +171,14 @@ def attend(
         y = unpair_heads(y)
     else:
         y = attention(q, k, v, mask, plan.score_scale)
+
+    def by_token(gate: Tensor | None) -> Tensor | None:  # (P*T, H), also of one for all tokens
+        return None if gate is None else gate.expand(*h.shape[:2], -1).flatten(0, 1)
+
     if spec.dc:
-        w1_TH, w2_TH = (t.expand(*h.shape[:2], -1).flatten(0, 1) for t in (gates.dc1, gates.dc2))
+        w1_TH, w2_TH = by_token(gates.dc1), by_token(gates.dc2)
         y = y + dc_attention(q, k, v, w1_TH, w2_TH, plan.dc_mask, plan.score_scale)
-    xsa, gate = (
-        None if t is None else t.expand(*h.shape[:2], -1).flatten(0, 1)
-        for t in (gates.xsa, gates.attention)
-    )
-    y = attention_epilogue(y, v, xsa, gate)
+    y = attention_epilogue(y, v, by_token(gates.xsa), by_token(gates.attention))
     return y.flatten(1).unflatten(0, h.shape[:2]) @ scaled(weights.lambda_o, w_o).T
 
 

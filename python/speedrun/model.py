@@ -11,7 +11,9 @@ outputs of a gate network. Streams are (P, T, D).
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +21,15 @@ from torch import Tensor, nn
 
 from speedrun.batch import LossWeights, MicroBatch, isolated_rows, previous, shifted_targets
 from speedrun.config import LayerSpec, ModelConfig, Windows
-from speedrun.fp8_state import Fp8MLPState
+from speedrun.fp8_state import Fp8HeadState, Fp8MLPState
 from speedrun.gates import (
     NO_GATES,
     OUTPUT_SCALE,
     GateLayout,
     Gates,
-    mudd_layer_starts,
-    mudd_out_starts,
+    MuddLayer,
+    MuddOut,
+    mudd_starts,
     small_network,
 )
 from speedrun.layer import (
@@ -38,6 +41,7 @@ from speedrun.layer import (
     norm,
 )
 from speedrun.ops.attention import plan_attention
+from speedrun.ops.head_loss import head_loss
 from speedrun.ops.qk_norm_rope import (
     rotary_frequencies,
     rotary_positions,
@@ -45,9 +49,7 @@ from speedrun.ops.qk_norm_rope import (
     yarn,
 )
 from speedrun.ops.residual_mix import residual_mix
-from speedrun.ops.softcap_ce import softcap_ce
 
-LOGITS_AT_ONCE = 1 << 24  # in validation: 64 MB in fp32, little enough for caches and laptops
 SMEAR_COLUMNS = 12  # of an embedding, that its smear gate reads
 RESIDUAL_START = 1.1**0.5  # of each factor on the residual stream: 1.1 a layer
 
@@ -88,8 +90,9 @@ class GPT(nn.Module):
         with_ve = [spec for spec in self.layers if spec.value_embed]
         if with_ve:
             self.value_embeds = parameter(len(with_ve), V, D)
-            num_gates = sum(not spec.mudd for spec in with_ve)
-            self.ve_gate = parameter(num_gates, config.num_heads, 2 * VE_GATE_COLUMNS)
+            num_gates = sum(not spec.mudd for spec in with_ve)  # MUDD has a factor for it
+            if num_gates:
+                self.ve_gate = parameter(num_gates, config.num_heads, 2 * VE_GATE_COLUMNS)
         if config.attention_lambdas:
             self.lambda_qkv = parameter(L, start=0.5, dtype=wide)
             self.lambda_o = parameter(L, start=1.0, dtype=wide)
@@ -109,8 +112,8 @@ class GPT(nn.Module):
         hidden_nets = list(nets) if config.gates == "network" else []
         self.has_mudd = any(spec.mudd for spec in self.layers)
         if self.has_mudd:
-            nets["mudd_layer"] = mudd_layer_starts(config, RESIDUAL_START)
-            nets["mudd_out"] = mudd_out_starts()
+            layer_starts, out_starts = mudd_starts(config, RESIDUAL_START)
+            nets |= {"mudd_layer": torch.tensor(layer_starts), "mudd_out": torch.tensor(out_starts)}
             hidden_nets += ["mudd_layer", "mudd_out"]
         self.net_starts = nets
         for name, starts in nets.items():
@@ -123,6 +126,7 @@ class GPT(nn.Module):
         self.fp8_mlp: Fp8MLPState | None = None
         if fp8 and config.mlp.uses_fp8:
             self.fp8_mlp = Fp8MLPState(L, config.mlp)
+        self.fp8_head = Fp8HeadState(config.head) if fp8 and config.head.fp8 else None
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -156,6 +160,17 @@ class GPT(nn.Module):
                     "uniform_",
                     *(config.model_dim**-0.5 * s for s in (-1, 1)),
                 )
+
+    def compile(self, mode: Literal["off", "regional", "full"]) -> None:
+        """Compile each kind of layer once ("regional"), or the whole trunk ("full")."""
+        if mode == "full":
+            self.trunk = torch.compile(self.trunk, dynamic=False)
+        elif mode == "regional":
+            for spec in dict.fromkeys(self.layers):
+                # A code object of its own: compiled versions are looked up, and limited, by that.
+                code = layer_forward.__code__.replace()
+                function = types.FunctionType(code, layer_forward.__globals__, "layer_forward")
+                self.layer_functions[spec] = torch.compile(function, dynamic=False)
 
     def plan_windows(self, batch: MicroBatch, windows: Windows) -> BatchPlan:
         """What the layers share: one mask for each kind of attention, the rotary tables."""
@@ -192,6 +207,8 @@ class GPT(nn.Module):
         """FP8 copies of the weights as they are now; once a step, before its micro-batches."""
         if self.fp8_mlp is not None:
             self.fp8_mlp.refresh(self.mlp_bank, down_own_amax)
+        if self.fp8_head is not None:
+            self.fp8_head.refresh(self.lm_head)
 
     def forward(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
         """z (P*T, V), before the softcap."""
@@ -220,37 +237,25 @@ class GPT(nn.Module):
             if spec.gate_net != net:
                 net = spec.gate_net
                 gates |= self.gates(net, x)
-            streams = Streams(
-                x0,
-                c0,
-                bigram,
-                saved[-1] if saved else None,
-                next(own_values) if spec.value_embed else None,
-            )
+            own_value = next(own_values) if spec.value_embed else None
+            streams = Streams(x0, c0, bigram, saved[-1] if saved else None, own_value)
             mudd = None
             if spec.mudd:
-                mudd_input, mudd = x, self.mudd_factors("mudd_layer", x)
+                mudd_input = x
+                mudd = MuddLayer(*self.mudd_factors("mudd_layer", x))
             layer = self.layer_functions.get(spec, layer_forward)
-            x = layer(
-                config, spec, x, streams, gates.get(i, NO_GATES), mudd, weights, plan, next(fp8)
-            )
+            own_gates = gates.get(i, NO_GATES)
+            x = layer(config, spec, x, streams, own_gates, mudd, weights, plan, next(fp8))
             if spec.save:
                 saved.append(x)
         if fp8_layers:
             self.fp8_mlp.update(fp8_layers)
         if mudd_input is not None:
-            sources = [
-                c0,
-                saved[-1],
-                mudd_input,
-                value_embeds[0] if value_embeds else None,
-                saved[0],
-            ]
-            factors = self.mudd_factors("mudd_out", x)
-            pairs = zip(factors, sources, strict=True)
-            x = residual_mix(
-                [(1.0, x), *((f, source) for f, source in pairs if source is not None)]
-            )
+            out = MuddOut(*self.mudd_factors("mudd_out", x))
+            terms = [(1.0, x), (out.c0, c0), (out.saved, saved[-1])]
+            terms += [(out.mudd_input, mudd_input), (out.first_saved, saved[0])]
+            terms += [(out.value_embed, value_embeds[0])] if value_embeds else []
+            x = residual_mix(terms)
         return norm(x).flatten(0, 1)
 
     def embedding(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
@@ -342,29 +347,33 @@ class GPT(nn.Module):
 
     def training_loss(self, batch: MicroBatch, plan: BatchPlan, weights: LossWeights) -> Tensor:
         """Scalar: weighted loss summed over the positions of the micro-batch, fp32 or wider."""
+        head, fp8 = self.config.head, self.fp8_head
         targets_TN = shifted_targets(batch.targets_PT, len(weights.multi_token), plan.first_PT)
-        x_TD = self.trunk(batch, plan, training=True)
-        return self.head_loss(x_TD, targets_TN, weights.multi_token)
-
-    def validation_loss(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
-        """Scalar: plain cross-entropy of the next token, summed over the positions.
-
-        The head takes some rows at a time: all logits of a part at once would be gigabytes.
-        """
-        rows = max(1, LOGITS_AT_ONCE // self.lm_head.shape[1])
-        chunks = zip(
-            self.trunk(batch, plan).split(rows),
-            shifted_targets(batch.targets_PT, 1).split(rows),
-            strict=True,
-        )
-        losses = [self.head_loss(x_TD, targets_TN, (1.0,)) for x_TD, targets_TN in chunks]
-        return torch.stack(losses).sum()
-
-    def head_loss(self, x_TD: Tensor, targets_TN: Tensor, weights: tuple[float, ...]) -> Tensor:
-        """Scalar: the weighted losses of these positions, summed."""
-        config, z_TV = self.config, x_TD @ self.lm_head
-        weights_N = torch.tensor(weights, dtype=torch.float32, device=z_TV.device)
-        losses = softcap_ce(
-            z_TV, targets_TN, weights_N, config.softcap_a, config.softcap_b, config.softcap_c
+        prefix_targets_T = None
+        if weights.prefix:
+            prefix_targets_T = weights.prefix_table_V[batch.targets_PT.flatten()]
+        losses = self.losses(
+            self.trunk(batch, plan, training=True),
+            targets_TN,
+            weights.multi_token,
+            prefix_targets_T=prefix_targets_T,
+            prefix_weight=weights.prefix,
+            count_missing_targets=head.count_missing_targets,
+            round_sigmoid=head.round_sigmoid and fp8 is not None,
+            fp8=None if fp8 is None else fp8.weights,
         )
         return losses.sum()
+
+    def validation_loss(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
+        """Scalar: plain cross-entropy of the next token, summed over the positions."""
+        targets_TN = shifted_targets(batch.targets_PT, 1)
+        return self.losses(self.trunk(batch, plan), targets_TN, (1.0,)).sum()
+
+    def losses(
+        self, x_TD: Tensor, targets_TN: Tensor, weights: tuple[float, ...], **options: Any
+    ) -> Tensor:
+        """(P*T,) softcapped cross-entropy of the head; `options` are head_loss's."""
+        config = self.config
+        weights_N = torch.tensor(weights, dtype=torch.float32, device=x_TD.device)
+        softcap = (config.softcap_a, config.softcap_b, config.softcap_c)
+        return head_loss(x_TD, self.lm_head, targets_TN, weights_N, *softcap, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from speedrun.config import (
     AdamRow,
     Config,
+    HeadConfig,
     LayerSpec,
     ModelConfig,
     MuonRow,
@@ -48,6 +49,7 @@ def config() -> Config:
             residual_lambdas=True,
             attention_lambdas=True,
             key_offset=True,
+            head=HeadConfig(count_missing_targets=True, round_sigmoid=True),
         ),
         optim=OptimConfig(
             muon_table=(
