@@ -77,8 +77,8 @@ class LoaderPosition:
     """Where the next step starts.
 
     shard: index into the list of shards. offset: index of a document in that shard, or of a token
-    in each of its eight lanes where long documents are split. epoch: how often the list of
-    shards has been used up.
+    in each of its eight lanes where long documents are split, or of a token where tokens are dealt
+    one behind the other. epoch: how often the list of shards has been used up.
     """
 
     shard: int = 0

@@ -179,6 +179,35 @@ class Lanes:
         return PartRanges(np.array([[begin, after + 1]]), np.concatenate(starts))
 
 
+class Sequences:
+    """Deals the shard's tokens in order, in sequences of max_seq_len. Offsets are tokens.
+
+    Documents don't matter. A shard is left as early as the public program of the track
+    `optimization` does, which wants one token more than the step reads.
+    """
+
+    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape):
+        self.end = shard_tokens
+        self.num_tokens = shape.tokens_per_part
+        self.starts = np.arange(0, shape.tokens_per_part, shape.max_seq_len)
+
+    def deal_step(self, offset: int) -> tuple[list[PartRanges], int] | None:
+        """The step that starts at `offset` and the next one's offset; None if it does not fit."""
+        after = offset + NUM_PARTS * self.num_tokens
+        if after + 1 >= self.end:
+            return None
+        begins = range(offset, after, self.num_tokens)
+        ranges = [np.array([[begin, begin + self.num_tokens + 1]]) for begin in begins]
+        return [PartRanges(part, self.starts) for part in ranges], after
+
+
+def dealer_type(batching: str, long_documents: str) -> type:
+    """Who deals the tokens of a shard."""
+    if batching == "consecutive":
+        return Sequences
+    return Documents if long_documents == "cut" else Lanes
+
+
 class TokensRunOut(DataError):
     """The last shard is used up before the last step."""
 
@@ -186,11 +215,13 @@ class TokensRunOut(DataError):
 class Stream:
     """Deals step after step, without building the batches: the same on every rank."""
 
-    def __init__(self, shards, shapes, *, format, long_documents, repeat, start: LoaderPosition):
+    def __init__(
+        self, shards, shapes, *, format, batching, long_documents, repeat, start: LoaderPosition
+    ):
         self._shards = list(shards)
         self._shapes = iter([shape for shape in shapes for _ in range(shape.steps)])
         self._format = format
-        self._cut = long_documents == "cut"
+        self._dealer_type = dealer_type(batching, long_documents)
         self._repeat = repeat
         self._shard = None
         self.position = start
@@ -198,7 +229,7 @@ class Stream:
 
     def _open(self):
         self._shard = Shard(self._shards[self.position.shard], self._format)
-        self._bos = self._shard.find_documents(at_least_one=self._cut)
+        self._bos = self._shard.find_documents(at_least_one=self._dealer_type is Documents)
         self._dealer_shape = None
 
     def _next_shard(self, shape: BatchShape):
@@ -216,8 +247,7 @@ class Stream:
 
     def _deal(self, shape: BatchShape) -> list[PartRanges] | None:
         if self._dealer_shape != shape:
-            dealer_type = Documents if self._cut else Lanes
-            self._dealer = dealer_type(self._bos, self._shard.num_tokens, shape)
+            self._dealer = self._dealer_type(self._bos, self._shard.num_tokens, shape)
             self._dealer_shape = shape
         offset = self.position.offset
         if offset > self._dealer.end:

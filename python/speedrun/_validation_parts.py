@@ -29,6 +29,7 @@ def validation_parts(
     world_size: int,
     cu_seqlens_entries: int | None = None,
     at_most: int | None = None,
+    sequence_length: int | None = None,
 ) -> Iterator[Part]:
     """This rank's validation parts: consecutive tokens of the shards, not aligned to documents.
 
@@ -36,8 +37,9 @@ def validation_parts(
     some ranks may get one fewer. num_tokens: how many are predicted (one more is read); None is
     everything, or the first `at_most` of more. The last part is shorter where tokens_per_part does
     not divide num_tokens. cu_seqlens is 0, then every document start (0 twice for a part that
-    begins with one), padded with the part's length. Raises DataError, at once for bad headers and
-    too few tokens.
+    begins with one), padded with the part's length; with `sequence_length` it is the start of every
+    sequence of so many tokens instead. Raises DataError, at once for bad headers and too few
+    tokens.
     """
     check_rank(rank, world_size)
     check_table_rows(bigram_table_rows, sign_table_rows)
@@ -70,7 +72,10 @@ def validation_parts(
                 continue
             tokens = read(begin, min(begin + tokens_per_part, num_tokens) + 1)
             inputs, targets = tokens[:-1], tokens[1:]
-            starts = np.append(0, np.flatnonzero(inputs == format.bos_id))
+            if sequence_length:
+                starts = np.arange(0, len(inputs), sequence_length)
+            else:
+                starts = np.append(0, np.flatnonzero(inputs == format.bos_id))
             shape.check_documents_fit(shards[0], len(starts))
             yield Part(
                 inputs,

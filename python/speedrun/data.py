@@ -118,9 +118,11 @@ def find_shards(folder, split: str) -> list[Path]:
     return shards
 
 
-def _check_arguments(shards, long_documents):
+def _check_arguments(shards, batching, long_documents):
     if not shards:
         raise DataError("the list of shards is empty; pass at least one .bin file")
+    if batching not in ("documents", "consecutive"):
+        raise DataError(f'batching is {batching!r}; use "documents" or "consecutive"')
     if long_documents not in ("cut", "split"):
         raise DataError(f'long_documents is {long_documents!r}; use "cut" or "split"')
 
@@ -129,12 +131,14 @@ class TokenLoader:
     """This rank's batches of a schedule, step by step.
 
     shards: paths, in the order of the stream. shapes: the steps still to come (after a resume
-    without those done). start: where they start; None is the first document of the first shard.
-    long_documents: "cut" drops what is beyond max_seq_len (the recipe's rule), "split" keeps it as
-    further sequences, and part p reads the p-th eighth of the shard (for few, long texts).
-    repeat: start again after the last shard. backend: "host" is C++ with a thread that prepares
-    `prefetch_steps` steps ahead, "numpy" its plain twin, "auto" the first that is there. A table
-    of 0 rows costs nothing and gives None.
+    without those done). start: where they start; None is the first shard's first document.
+    batching: "documents" deals whole ones from their BOS (the record's rule), "consecutive" all
+    tokens in order, in sequences of max_seq_len that heed no document (the track `optimization`'s).
+    long_documents, of documents: "cut" drops what is beyond max_seq_len (the record's rule),
+    "split" keeps it as further sequences, and part p reads the p-th eighth of the shard (for few,
+    long texts). repeat: start again after the last shard. backend: "host" is C++ with a thread that
+    prepares `prefetch_steps` steps ahead, "numpy" its plain twin, and the only one for consecutive
+    tokens, "auto" the first that will do. A table of 0 rows costs nothing and gives None.
 
     Raises DataError for impossible arguments; bad shards show in next_step().
     """
@@ -151,6 +155,7 @@ class TokenLoader:
         sign_table_rows: int,
         rank: int = 0,
         world_size: int = 1,
+        batching: str = "documents",
         long_documents: str = "cut",
         repeat: bool = False,
         start: LoaderPosition | None = None,
@@ -159,7 +164,7 @@ class TokenLoader:
     ):
         self._loader = None
         self._error = None
-        _check_arguments(shards, long_documents)
+        _check_arguments(shards, batching, long_documents)
         check_rank(rank, world_size)
         check_table_rows(bigram_table_rows, sign_table_rows)
         start = start or LoaderPosition()
@@ -170,7 +175,7 @@ class TokenLoader:
             )
         if prefetch_steps < 1:
             raise DataError(f"prefetch_steps is {prefetch_steps}; use 1 or more")
-        self.backend = _choose_backend(backend)
+        self.backend = _choose_backend(backend, batching)
         rows = dict(bigram_table_rows=bigram_table_rows, sign_table_rows=sign_table_rows)
         ranks = dict(rank=rank, world_size=world_size)
         if self.backend == "host":
@@ -193,6 +198,7 @@ class TokenLoader:
                 shards,
                 shapes,
                 format=format,
+                batching=batching,
                 long_documents=long_documents,
                 repeat=repeat,
                 start=start,
@@ -229,9 +235,13 @@ class TokenLoader:
         self.close()
 
 
-def _choose_backend(backend: str) -> str:
+def _choose_backend(backend: str, batching: str) -> str:
     if backend not in ("auto", "host", "numpy"):
         raise DataError(f'backend is {backend!r}; use "auto", "host" or "numpy"')
+    if batching == "consecutive":
+        if backend == "host":
+            raise DataError('backend "host" deals documents only; use "numpy" or "auto"')
+        return "numpy"
     if backend == "numpy" or _host is not None:
         return "numpy" if backend == "numpy" else "host"
     fix = "build it with a C++ compiler: pip install --no-build-isolation -e ."
@@ -249,6 +259,7 @@ def check_schedule(
     shapes: Sequence[BatchShape],
     *,
     format: DataFormat,
+    batching: str = "documents",
     long_documents: str,
     repeat: bool,
 ) -> None:
@@ -256,11 +267,12 @@ def check_schedule(
 
     Scans every shard that the schedule reaches and deals every step, but builds no batch.
     """
-    _check_arguments(shards, long_documents)
+    _check_arguments(shards, batching, long_documents)
     stream = twin.Stream(
         shards,
         shapes,
         format=format,
+        batching=batching,
         long_documents=long_documents,
         repeat=repeat,
         start=LoaderPosition(),

@@ -88,6 +88,7 @@ def preflight(config: Config, data: DataSource, schedule: Schedule) -> None:
         data.train,
         batch_shapes(config, schedule),
         format=data.format,
+        batching=config.data.batching,
         long_documents=data.long_documents,
         repeat=config.data.repeat,
     )
@@ -106,12 +107,16 @@ def training_loader(
         sign_table_rows=config.model.sign_rows,
         rank=rank,
         world_size=world_size,
+        batching=config.data.batching,
         long_documents=data.long_documents,
         repeat=config.data.repeat,
     )
 
 
 def validation_data(config: Config, data: DataSource, rank: int, world_size: int) -> Iterator[Part]:
+    sequence_length = None
+    if config.data.batching == "consecutive":
+        sequence_length = config.schedule.stages[-1].max_seq_len
     return validation_parts(
         data.val,
         format=data.format,
@@ -123,4 +128,5 @@ def validation_data(config: Config, data: DataSource, rank: int, world_size: int
         rank=rank,
         world_size=world_size,
         cu_seqlens_entries=config.data.cu_seqlens_entries,
+        sequence_length=sequence_length,
     )
