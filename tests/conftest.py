@@ -57,10 +57,8 @@ def pytest_runtest_makereport(item, call):
     if folder and report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]
         if _SHARED_DATA in reason or folder in reason:
-            report.outcome, report.longrepr = (
-                "failed",
-                f"skipped in spite of --shared-data: {reason}",
-            )
+            report.outcome = "failed"
+            report.longrepr = f"skipped in spite of --shared-data: {reason}"
     return report
 
 

@@ -1,4 +1,4 @@
-"""`./test.sh --fixtures PATH`: shared test data must be there. The conftest runs on made-up tests."""
+"""`./test.sh --fixtures PATH`: shared data must be there. The conftest runs on made-up tests."""
 
 import os
 import subprocess
