@@ -10,7 +10,7 @@ import torch
 
 from speedrun import recipes, sources, train
 from speedrun.config import NUM_PARTS
-from speedrun.fetch import FetchError, fetch_shards
+from speedrun.fetch import FetchError, fetch_rank_file, fetch_shards
 
 RECORD_RECIPE = "record_089"
 RECORD_MEMORY_BYTES = 48e9  # a card sold with 48 GB reports a little less
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         data = recipes.load(args.recipe).data
         if data.default == "fineweb" and not (args.data or args.text):
             fetch_shards(sources.FINEWEB_FOLDER, data.train_shards)
+            fetch_rank_file(sources.FINEWEB_FOLDER)  # the prefix loss needs the vocabulary
     except (FetchError, ValueError) as error:
         print(f"speedrun: error: {error}", file=sys.stderr)
         return 1
