@@ -11,8 +11,10 @@ import torch
 from speedrun import baseline_model
 from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import LossWeights, MicroBatch
-from speedrun.config import BaselineConfig, Windows
-from train_helpers import FLOAT64_NOISE, from_golden
+from speedrun.config import BaselineConfig, ConfigError, ScheduleConfig, Stage, Windows
+from speedrun.config_check import check
+from speedrun.overrides import apply_overrides
+from train_helpers import FLOAT64_NOISE, from_golden, small_config
 
 GOLDEN = Path(__file__).parent / "golden" / "optimization" / "model.npz"
 CONFIG = BaselineConfig(
@@ -208,3 +210,48 @@ def test_other_losses_are_refused(golden, weights):
     model, batch = golden_model(golden), batch_of(golden["tokens"])
     with pytest.raises(ValueError, match=r"next token alone.*set the stages' multi_token_weights"):
         model.training_loss(batch, model.plan_windows(batch, WINDOWS), weights)
+
+
+def run_config(**changes):
+    """A config around CONFIG that can run; `changes` are the schedule's."""
+    stage = Stage(512, 64, window_short=63, window_long=63)
+    schedule = ScheduleConfig(**(dict(num_steps=10, stages=(stage,)) | changes))
+    return small_config(model=CONFIG, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.num_layers=0", "model.num_layers=0: must be greater than 0"),
+        ("model.head_dim=0", "model.head_dim=0: must be greater than 0"),
+        ("model.head_dim=6", "model.head_dim=6: must be divisible by 4"),
+        ("model.head_dim=12", "model.model_dim=16: must be divisible by head_dim = 12"),
+        ("model.softcap=0", "model.softcap=0.0: must be greater than 0"),
+        ("model.vocab_size=70000", "model.vocab_size=70000: must be in 1..65536"),
+        ("model.embed_std=-1", "model.embed_std=-1.0: must be in 0..1e+15"),
+        ("schedule.untie_frac=0.5", "schedule.untie_frac=0.5: must be 0"),
+        ("schedule.yarn=true", "schedule.yarn=True: must be false"),
+        (
+            "schedule.stages.0.max_seq_len=65",
+            "schedule.stages[0].window_long=63: must reach over a whole sequence: at least "
+            "max_seq_len - 1 = 64",
+        ),
+        (
+            "schedule.stages.0.prefix_weight=0.25,0",
+            "prefix_weight=(0.25, 0.0): must be (0, 0)",
+        ),
+        ("model.layers=short", "no setting 'layers'; allowed here: num_layers, model_dim"),
+    ],
+)
+def test_impossible_values(override, words):
+    check(run_config())
+    with pytest.raises(ConfigError) as error:
+        check(apply_overrides(run_config(), [override]))
+    assert words in str(error.value)
+
+
+def test_multi_token_prediction_is_refused():
+    stage = Stage(512, 64, 63, 63, multi_token_weights=((1.0, 1.0), (0.5, 0.0)))
+    with pytest.raises(ConfigError, match="the next token is the only target"):
+        check(run_config(stages=(stage,)))
+    check(run_config(stages=(stage,), multi_token=False))

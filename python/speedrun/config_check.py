@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from speedrun.config import NUM_PARTS, Config, ConfigError, ModelConfig
+from speedrun.config import NUM_PARTS, BaselineConfig, Config, ConfigError, ModelConfig
 
 LARGEST_NUMBER = 1e15  # squared, it still fits into float32
 MAY_BE_NEGATIVE = ("model.softcap_b",)
@@ -38,49 +38,19 @@ def check(config: Config) -> None:
             require(value > 0, f"{prefix}{name}", value, "must be greater than 0")
 
     model, schedule, optim, data = config.model, config.schedule, config.optim, config.data
-    require_positive(
-        model, "model.", "model_dim", "num_heads", "head_dim", "mlp_hidden", "vocab_multiple"
-    )
-    require_positive(model, "model.", "rotary_base", "score_scale", "softcap_a", "softcap_c")
-    require(len(model.layers) > 0, "model.layers", "()", "needs at least one layer")
-    require(model.num_heads % 2 == 0, "model.num_heads", model.num_heads, "must be even")
+    require_positive(model, "model.", "model_dim", "head_dim", "mlp_hidden", "vocab_multiple")
+    require_positive(model, "model.", "rotary_base", "score_scale")
     require(model.head_dim % 4 == 0, "model.head_dim", model.head_dim, "must be divisible by 4")
-    require(
-        model.num_heads * model.head_dim == model.model_dim,
-        "model.model_dim",
-        model.model_dim,
-        f"must be num_heads * head_dim = {model.num_heads * model.head_dim}",
-    )
     require(
         model.vocab_size is None or 0 < model.vocab_size <= 65536,
         "model.vocab_size",
         model.vocab_size,
         "must be in 1..65536 (tokens are 16 bits)",
     )
-    for f in dataclasses.fields(model.mlp):
-        value = getattr(model.mlp, f.name)
-        allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
-        require(value in allowed, f"model.mlp.{f.name}", value, f"must be {' or '.join(allowed)}")
-    gate_kinds = ("network", "constant", "none")
-    require(
-        model.gates in gate_kinds, "model.gates", model.gates, f"must be {' or '.join(gate_kinds)}"
-    )
-    require_positive(model, "model.", "gate_hidden", "dc_window")
-    head_numbers = ("x_amax", "w_amax", "grad_amax")
-    require_positive(model.head, "model.head.", *head_numbers)
-    _check_layers(model, require)
-    require(
-        0 <= model.bigram_dim <= model.model_dim,
-        "model.bigram_dim",
-        model.bigram_dim,
-        f"must be in 0..model_dim = {model.model_dim}",
-    )
-    require(
-        (model.bigram_rows > 1) == (model.bigram_dim > 0),
-        "model.bigram_rows",
-        model.bigram_rows,
-        "the table needs at least 2 rows and bigram_dim > 0, or both 0",
-    )
+    if isinstance(model, BaselineConfig):
+        _check_baseline(config, require, require_positive)
+    else:
+        _check_gpt(model, require, require_positive)
 
     require_positive(schedule, "schedule.", "num_steps", "val_interval", "adam_interval")
     require(schedule.untie_frac <= 1, "schedule.untie_frac", schedule.untie_frac, "must be in 0..1")
@@ -167,6 +137,76 @@ def check(config: Config) -> None:
     if problems:
         lines = "\n  ".join(problems.values())
         raise ConfigError(f"recipe {config.name!r} can't run:\n  {lines}")
+
+
+def _check_gpt(model: ModelConfig, require: Callable, require_positive: Callable) -> None:
+    require_positive(model, "model.", "num_heads", "softcap_a", "softcap_c")
+    require(len(model.layers) > 0, "model.layers", "()", "needs at least one layer")
+    require(model.num_heads % 2 == 0, "model.num_heads", model.num_heads, "must be even")
+    require(
+        model.num_heads * model.head_dim == model.model_dim,
+        "model.model_dim",
+        model.model_dim,
+        f"must be num_heads * head_dim = {model.num_heads * model.head_dim}",
+    )
+    for f in dataclasses.fields(model.mlp):
+        value = getattr(model.mlp, f.name)
+        allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
+        require(value in allowed, f"model.mlp.{f.name}", value, f"must be {' or '.join(allowed)}")
+    gate_kinds = ("network", "constant", "none")
+    require(
+        model.gates in gate_kinds, "model.gates", model.gates, f"must be {' or '.join(gate_kinds)}"
+    )
+    require_positive(model, "model.", "gate_hidden", "dc_window")
+    head_numbers = ("x_amax", "w_amax", "grad_amax")
+    require_positive(model.head, "model.head.", *head_numbers)
+    _check_layers(model, require)
+    require(
+        0 <= model.bigram_dim <= model.model_dim,
+        "model.bigram_dim",
+        model.bigram_dim,
+        f"must be in 0..model_dim = {model.model_dim}",
+    )
+    require(
+        (model.bigram_rows > 1) == (model.bigram_dim > 0),
+        "model.bigram_rows",
+        model.bigram_rows,
+        "the table needs at least 2 rows and bigram_dim > 0, or both 0",
+    )
+
+
+def _check_baseline(config: Config, require: Callable, require_positive: Callable) -> None:
+    """The track `optimization` fixes the architecture: what others have, it does not."""
+    model, schedule = config.model, config.schedule
+    require_positive(model, "model.", "num_layers", "softcap")
+    require(
+        model.head_dim <= 0 or model.model_dim % model.head_dim == 0,
+        "model.model_dim",
+        model.model_dim,
+        f"must be divisible by head_dim = {model.head_dim}",
+    )
+    require(schedule.untie_frac == 0, "schedule.untie_frac", schedule.untie_frac, "must be 0")
+    require(not schedule.yarn, "schedule.yarn", schedule.yarn, "must be false")
+    for i, stage in enumerate([*schedule.stages, *filter(None, [schedule.extension])]):
+        prefix = f"schedule.stages[{i}]."
+        require(
+            stage.window_long >= stage.max_seq_len - 1,
+            prefix + "window_long",
+            stage.window_long,
+            f"must reach over a whole sequence: at least max_seq_len - 1 = {stage.max_seq_len - 1}",
+        )
+        require(
+            not schedule.multi_token or stage.multi_token_weights == ((1.0, 1.0),),
+            prefix + "multi_token_weights",
+            stage.multi_token_weights,
+            "must be ((1, 1),): the next token is the only target",
+        )
+        require(
+            not schedule.prefix_loss or stage.prefix_weight == (0.0, 0.0),
+            prefix + "prefix_weight",
+            stage.prefix_weight,
+            "must be (0, 0): the next token is the only target",
+        )
 
 
 def _check_layers(model: ModelConfig, require: Callable) -> None:
