@@ -17,6 +17,7 @@ from speedrun.data import BYTES, StepBatch
 from speedrun.model import GPT
 from speedrun.reference.polar_express import COEFFICIENTS
 from speedrun.schedule import Schedule
+from speedrun.sources import to_micro_batches
 from train_helpers import (
     FLOAT64_NOISE,
     make_batch,
@@ -250,7 +251,7 @@ def test_gradient_of_a_step(ranks, group):
     for rank in range(ranks):
         run = program.Run(Comms(rank, ranks), torch.device("cpu"), torch.float64)
         batch = StepBatch(*(t[rank::ranks] for t in rows), position=None)
-        batches = program.to_micro_batches(batch, config, run)
+        batches = to_micro_batches(batch, config, run.device)
         total += program.forward_backward(model, batches, plan).item()
     assert total == pytest.approx(loss.item(), rel=1e-6)  # each rank's sum is float32
     for parameter, gradient in zip(model.parameters(), expected, strict=True):

@@ -56,6 +56,14 @@ def previous(x: Tensor) -> Tensor:
     return F.pad(x[:, :-1], (0, 0) * (x.dim() - 2) + (1, 0))
 
 
+def document_starts(batch: MicroBatch) -> Tensor:
+    """(P, T) bool: tokens that begin a document."""
+    num_tokens = batch.inputs_PT.numel()
+    first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=batch.inputs_PT.device)
+    first[batch.cu_seqlens.long()] = True
+    return first[:num_tokens].view(batch.inputs_PT.shape)
+
+
 def isolated_rows(
     batch: MicroBatch, first_PT: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -96,6 +97,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def process_age_s() -> float:
+    """Seconds since this process began; where the system doesn't tell, its time on the CPU."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return time.process_time()
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrun.batch import LossWeights, MicroBatch, isolated_rows, previous, shifted_targets
+from speedrun.batch import (
+    LossWeights,
+    MicroBatch,
+    document_starts,
+    isolated_rows,
+    previous,
+    shifted_targets,
+)
 from speedrun.config import LayerSpec, ModelConfig, Windows
 from speedrun.fp8_state import Fp8HeadState, Fp8MLPState
 from speedrun.gates import (
@@ -196,11 +203,7 @@ class GPT(nn.Module):
             heads = config.num_heads if paired else 0
             positions = rotary_positions(batch.inputs_PT.shape[1], heads).to(device)
             rotary[paired] = rotary_table(frequencies.to(device), positions, dtype)
-        first_PT = None
-        if config.isolate_documents:
-            first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=device)
-            first[batch.cu_seqlens.long()] = True
-            first_PT = first[:-1].view(batch.inputs_PT.shape)
+        first_PT = document_starts(batch) if config.isolate_documents else None
         return BatchPlan(masks, dc_mask, rotary, score_scale, first_PT)
 
     def refresh_fp8(self, down_own_amax: bool) -> None:
@@ -218,7 +221,7 @@ class GPT(nn.Module):
         """(P*T, D): what the head multiplies. FP8 is for training only."""
         config = self.config
         x0 = norm(self.embedding(batch, plan))
-        bigram = self.bigram(batch, plan)
+        bigram = self.bigram(batch)
         net = "pre"
         gates = self.gates(net, x0)
         x = x0
@@ -269,15 +272,19 @@ class GPT(nn.Module):
             gate = gate.masked_fill(plan.first_PT[..., None], 0)
         return e + gate * previous(e)
 
-    def bigram(self, batch: MicroBatch, plan: BatchPlan) -> Tensor | None:
+    def bigram(self, batch: MicroBatch) -> Tensor | None:
         """Signed rows of the bigram table (P, T, bigram_dim)."""
-        rows, signs = batch.bigram_rows_PT, batch.sign_rows_PT
+        rows, signs = self.table_rows(batch)
         if rows is None:
             return None
-        if plan.first_PT is not None:
-            rows, signs = isolated_rows(batch, plan.first_PT, self.config.bigram_rows)
         b = F.embedding(rows, self.bigram_embed)
         return b if signs is None else b * F.embedding(signs, self.sign_table)
+
+    def table_rows(self, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Rows (P, T) of bigram and sign table that this batch reads."""
+        if batch.bigram_rows_PT is None or not self.config.isolate_documents:
+            return batch.bigram_rows_PT, batch.sign_rows_PT
+        return isolated_rows(batch, document_starts(batch), self.config.bigram_rows)
 
     def embedded_values(self, batch: MicroBatch) -> tuple[Tensor, ...]:
         """Rows (P, T, D) of each value embedding."""

@@ -9,12 +9,18 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from speedrun.batch import MicroBatch
 from speedrun.config import NUM_PARTS, Config, ConfigError, ModelConfig
 from speedrun.corpus import stdlib_corpus, text_corpus
 from speedrun.data import (
     BatchShape,
     DataFormat,
     Part,
+    StepBatch,
     TokenLoader,
     check_schedule,
     cu_seqlens_entries,
@@ -33,6 +39,7 @@ FINEWEB_FOLDER = DATA_FOLDER / "fineweb10B"
 class DataSource:
     """Shards to train and validate on, and how to read them."""
 
+    folder: Path
     train: list[Path]
     val: list[Path]
     format: DataFormat
@@ -55,6 +62,7 @@ def open_data(data: Path | None, text: Path | None, config: Config) -> DataSourc
 def shards_of(folder: Path, config: Config) -> DataSource:
     """The shards of a folder; long documents as its manifest says, else as the config does."""
     return DataSource(
+        folder,
         find_shards(folder, "train"),
         find_shards(folder, "val"),
         read_format(folder),
@@ -130,3 +138,42 @@ def validation_data(config: Config, data: DataSource, rank: int, world_size: int
         cu_seqlens_entries=config.data.cu_seqlens_entries,
         sequence_length=sequence_length,
     )
+
+
+def made_up_batch(
+    config: Config, shape: BatchShape, vocab_size: int, world_size: int, seed: int
+) -> StepBatch:
+    """A rank's parts of a step in that shape, of random tokens in one document each."""
+    size = (NUM_PARTS // world_size, shape.tokens_per_part)
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, size, dtype=np.int32)
+    cu_seqlens = np.full((size[0], shape.cu_seqlens_entries), size[1], np.int32)
+    cu_seqlens[:, 0] = 0
+    rows = [
+        np.zeros(size, np.int32) if table else None
+        for table in (config.model.bigram_rows, config.model.sign_rows)
+    ]
+    return StepBatch(tokens, tokens, cu_seqlens, *rows, position=None)
+
+
+def to_micro_batches(batch: StepBatch, config: Config, device: torch.device) -> list[MicroBatch]:
+    """This rank's parts in groups of `micro_batch_parts` (fewer where the rank has fewer)."""
+    num_parts, num_tokens = batch.inputs.shape
+    group = min(config.micro_batch_parts, num_parts)
+
+    def tensor(array: np.ndarray | None, dtype: torch.dtype = torch.int32) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(device, dtype)
+
+    micro_batches = []
+    for begin in range(0, num_parts, group):
+        parts = slice(begin, begin + group)
+        offsets = np.arange(group, dtype=np.int32)[:, None] * num_tokens
+        micro_batches.append(
+            MicroBatch(
+                tensor(batch.inputs[parts]),
+                tensor(batch.targets[parts], torch.int64),
+                tensor((batch.cu_seqlens[parts] + offsets).reshape(-1)),
+                None if batch.bigram_rows is None else tensor(batch.bigram_rows[parts]),
+                None if batch.sign_rows is None else tensor(batch.sign_rows[parts]),
+            )
+        )
+    return micro_batches

@@ -14,15 +14,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from speedrun import hardware, recipes
+from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import LossWeights, MicroBatch
 from speedrun.comms import Comms
-from speedrun.config import NUM_PARTS, Config, ConfigError
+from speedrun.config import NUM_PARTS, BaselineConfig, Config, ConfigError
 from speedrun.config_check import check
 from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import DataError, StepBatch
@@ -31,17 +31,21 @@ from speedrun.model import GPT
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
 from speedrun.plot import plot_loss
+from speedrun.prefix_table import build_prefix_table, prefix_tokenizer
 from speedrun.runlog import Clock, LossQueue, RunError, RunLog, new_run_folder
 from speedrun.schedule import Schedule, StepPlan, scaled
 from speedrun.sources import (
     DataSource,
     batch_shapes,
+    made_up_batch,
     model_for,
     open_data,
     preflight,
+    to_micro_batches,
     training_loader,
     validation_data,
 )
+from speedrun.tokenizer import Tokenizer
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,25 +56,29 @@ def main(args: argparse.Namespace) -> None:
     config = dataclasses.replace(config, model=model_for(config, data.format))
     schedule = Schedule(config.schedule)
     preflight(config, data, schedule)
+    tokenizer = prefix_tokenizer(config.schedule, data.format, data.folder)
     log = start_log(args, config, data, run)
 
     model = build_model(config, run, args.seed)
+    model.compile(choose_compile(args.compile, run))
     optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.buffers)
     warm_up(model, optimizer, schedule, config, data, run)
     losses = LossQueue()
     clock = Clock(run.device)
     with training_loader(config, data, schedule, run.comms.rank, run.comms.world_size) as loader:
+        log.say(f"ready to train {hardware.process_age_s():.1f} s after the start")
         clock.start()
+        prefix_table = load_prefix_table(tokenizer, config, run)
         for plan in schedule:
             if plan.validate:
                 losses.log_all(log)
                 with clock.paused():
-                    log.validation(
-                        plan.step, validate(model, config, data, plan, run), clock.elapsed_s
-                    )
+                    val_loss = validate(model, config, data, plan, run)
+                    log.validation(plan.step, val_loss, clock.elapsed_s)
             if plan.last:
                 break
-            loss = forward_backward(model, to_micro_batches(loader.next_step(), config, run), plan)
+            batches = to_micro_batches(loader.next_step(), config, run.device)
+            loss = forward_backward(model, batches, plan, prefix_table)
             optimizer.step(plan)
             losses.push(loss, plan, clock.now_s(), run.comms)
             losses.log_ready(log)
@@ -160,10 +168,18 @@ def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: R
     return log
 
 
-def build_model(config: Config, run: Run, seed: int) -> GPT:
-    model = GPT(config.model, run.dtype, run.fp8)
+def build_model(config: Config, run: Run, seed: int) -> GPT | BaselineGPT:
+    if isinstance(config.model, BaselineConfig):
+        model = BaselineGPT(config.model, run.dtype)
+    else:
+        model = GPT(config.model, run.dtype, run.fp8)
     model.init_weights(seed)
     return model.to(run.device)
+
+
+def choose_compile(mode: str, run: Run) -> str:
+    """What --compile auto means on this device."""
+    return mode if mode != "auto" else "regional" if run.device.type == "cuda" else "off"
 
 
 def warm_up(
@@ -176,53 +192,17 @@ def warm_up(
 ) -> None:
     """Run every shape once on made-up tokens, before the clock; then put all state back."""
     snapshot = optimizer.snapshot()
-    generator = np.random.default_rng(0)
-    for shape, start in zip(batch_shapes(config, schedule), schedule.starts, strict=True):
-        size = (NUM_PARTS // run.comms.world_size, shape.tokens_per_part)
-        tokens = generator.integers(0, data.format.vocab_size, size, dtype=np.int32)
-        cu_seqlens = np.full((size[0], shape.cu_seqlens_entries), size[1], np.int32)
-        cu_seqlens[:, 0] = 0
-        rows = [
-            np.zeros(size, np.int32) if table else None
-            for table in (config.model.bigram_rows, config.model.sign_rows)
-        ]
-        made_up = StepBatch(tokens, tokens, cu_seqlens, *rows, position=None)
+    shapes = batch_shapes(config, schedule)
+    for i, (shape, start) in enumerate(zip(shapes, schedule.starts, strict=True)):
+        made_up = made_up_batch(config, shape, data.format.vocab_size, run.comms.world_size, seed=i)
+        batches = to_micro_batches(made_up, config, run.device)
         plan = schedule.plan(start)
         for step in range(config.schedule.adam_interval):
-            forward_backward(model, to_micro_batches(made_up, config, run), plan)
             due = step == config.schedule.adam_interval - 1
+            forward_backward(model, batches, plan)
             optimizer.step(dataclasses.replace(plan, step=step, adam=due))
-        evaluate(
-            model,
-            to_micro_batches(made_up, config, run),
-            plan.windows,
-            run.comms,
-        )
+        evaluate(model, batches, plan.windows, run.comms)
     optimizer.restore(snapshot)
-
-
-def to_micro_batches(batch: StepBatch, config: Config, run: Run) -> list[MicroBatch]:
-    """This rank's parts in groups of `micro_batch_parts` (fewer where the rank has fewer)."""
-    num_parts, num_tokens = batch.inputs.shape
-    group = min(config.micro_batch_parts, num_parts)
-
-    def tensor(array: np.ndarray | None, dtype: torch.dtype = torch.int32) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(run.device, dtype)
-
-    micro_batches = []
-    for begin in range(0, num_parts, group):
-        parts = slice(begin, begin + group)
-        offsets = np.arange(group, dtype=np.int32)[:, None] * num_tokens
-        micro_batches.append(
-            MicroBatch(
-                tensor(batch.inputs[parts]),
-                tensor(batch.targets[parts], torch.int64),
-                tensor((batch.cu_seqlens[parts] + offsets).reshape(-1)),
-                None if batch.bigram_rows is None else tensor(batch.bigram_rows[parts]),
-                None if batch.sign_rows is None else tensor(batch.sign_rows[parts]),
-            )
-        )
-    return micro_batches
 
 
 def validate(model: GPT, config: Config, data: DataSource, plan: StepPlan, run: Run) -> float:
@@ -232,21 +212,36 @@ def validate(model: GPT, config: Config, data: DataSource, plan: StepPlan, run: 
         for part in validation_data(config, data, run.comms.rank, run.comms.world_size):
             arrays = [part.inputs, part.targets, part.cu_seqlens, part.bigram_rows, part.sign_rows]
             rows = [None if array is None else array[None] for array in arrays]
-            yield from to_micro_batches(StepBatch(*rows, position=None), config, run)
+            yield from to_micro_batches(StepBatch(*rows, position=None), config, run.device)
 
     return evaluate(model, batches(), plan.windows, run.comms)
 
 
-def forward_backward(model: GPT, micro_batches: list[MicroBatch], plan: StepPlan) -> Tensor:
+def load_prefix_table(tokenizer: Tokenizer | None, config: Config, run: Run) -> Tensor | None:
+    """(V,) on the device; None without a prefix term. A run's clock pays for it."""
+    if tokenizer is None:
+        return None
+    table = build_prefix_table(tokenizer, config.model.padded_vocab_size)
+    return torch.from_numpy(table).to(run.device)
+
+
+def forward_backward(
+    model: GPT,
+    micro_batches: list[MicroBatch],
+    plan: StepPlan,
+    prefix_table: Tensor | None = None,
+) -> Tensor:
     """Gradients of the step's summed loss / 8 added to `.grad`; returns this rank's summed loss.
 
     Whatever the number of ranks, the sum over them is the gradient of all positions / 8.
     """
     model.refresh_fp8(plan.fp8_down_own_amax)
+    prefix_weight = 0.0 if prefix_table is None else plan.prefix_weight
+    weights = LossWeights(plan.multi_token_weights, prefix_weight, prefix_table)
     total = torch.zeros((), device=model.embed.device)
     for batch in micro_batches:
         windows = model.plan_windows(batch, plan.windows)
-        loss = model.training_loss(batch, windows, LossWeights(plan.multi_token_weights))
+        loss = model.training_loss(batch, windows, weights)
         (loss / NUM_PARTS).backward()
         total += loss.detach()
     return total
@@ -298,6 +293,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the run (default: runs/TIME_RECIPE)"
     )
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "off", "regional", "full"),
+        default="auto",
+        help="torch.compile: each kind of layer, or the whole trunk (auto: regional on a GPU)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
     parser.add_argument(
         "--device",
@@ -310,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def to_argv(args: argparse.Namespace) -> list[str]:
     """The arguments again as a command line, for the processes that torchrun starts."""
     argv = [f"--set={override}" for override in args.set]
-    for name in ("recipe", "steps", "data", "text", "out", "seed", "device"):
+    for name in ("recipe", "steps", "data", "text", "out", "compile", "seed", "device"):
         value = getattr(args, name)
         argv += [] if value is None else [f"--{name}={value}"]
     return argv + ["--repeat-data"] * args.repeat_data
