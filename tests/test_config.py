@@ -32,9 +32,9 @@ def read(config, path):
     [
         ("micro_batch_parts", "4", 4),
         ("schedule.num_steps", "1_000", 1000),
-        ("optim.muon_lr", "0.05", 0.05),
-        ("optim.adam_eps", "1e-8", 1e-8),
-        ("optim.muon_lr", "2", 2.0),
+        ("optim.normuon.lr", "0.05", 0.05),
+        ("optim.adam.eps", "1e-8", 1e-8),
+        ("optim.normuon.lr", "2", 2.0),
         ("data.repeat", "true", True),
         ("data.repeat", "1", True),
         ("data.repeat", "False", False),
@@ -76,9 +76,10 @@ def test_set(key, text, value):
 
 def test_later_overrides_win_and_others_stay():
     config = apply_overrides(
-        small_config(), ["optim.muon_lr=1", "optim.adam_table.embed.wd_mul=3", "optim.muon_lr=2"]
+        small_config(),
+        ["optim.normuon.lr=1", "optim.adam_table.embed.wd_mul=3", "optim.normuon.lr=2"],
     )
-    assert config.optim.muon_lr == 2.0
+    assert config.optim.normuon.lr == 2.0
     assert read(config, "optim.adam_table.embed.wd_mul") == 3.0
     assert read(config, "optim.adam_table.lm_head.wd_mul") == 0.0
 
@@ -86,12 +87,15 @@ def test_later_overrides_win_and_others_stay():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optim.muonlr=1", "no setting 'muonlr'; allowed here: muon_table, adam_table, muon_lr"),
+        (
+            "optim.muonlr=1",
+            "no setting 'muonlr'; allowed here: muon_table, adam_table, matrix_rule",
+        ),
         ("modle.layers=short", "no setting 'modle'; allowed here: name, model, optim, schedule"),
         ("model.num_heads", "expected KEY=VALUE"),
         ("model.num_heads.x=2", "'num_heads' is a value and has no settings inside"),
         ("model.num_heads=2.5", "expected a whole number"),
-        ("optim.muon_lr=fast", "expected a number"),
+        ("optim.normuon.lr=fast", "expected a number"),
         ("data.repeat=maybe", "expected true or false"),
         ("data.val_tokens=all", "expected none or a whole number"),
         ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
@@ -165,9 +169,9 @@ IMPOSSIBLE = [
     ("schedule.stages.1.tokens_per_step=1001", "tokens_per_step=1001: must be divisible by 8"),
     ("schedule.stages.0.max_seq_len=0", "schedule.stages[0].max_seq_len=0: must be greater"),
     ("schedule.stages.0.window_long=7", "window_long=7: must be at least window_short = 8"),
-    ("optim.muon_lr=nan", "optim.muon_lr=nan: must be greater than 0"),
-    ("optim.adam_lr=-1", "optim.adam_lr=-1.0: must be greater than 0"),
-    ("optim.muon_beta2=1", "optim.muon_beta2=1.0: must be in [0, 1)"),
+    ("optim.normuon.lr=nan", "optim.normuon.lr=nan: must be greater than 0"),
+    ("optim.adam.lr=-1", "optim.adam.lr=-1.0: must be greater than 0"),
+    ("optim.normuon.beta2=1", "optim.normuon.beta2=1.0: must be in [0, 1)"),
     ("schedule.adam_interval=0", "schedule.adam_interval=0: must be greater than 0"),
     ("optim.adam_table.embed.beta2=1", "optim.adam_table.embed=(0.9, 1.0): betas are in [0, 1)"),
     ("data.val_tokens=0", "data.val_tokens=0: must be greater than 0, or None for all"),
@@ -217,10 +221,10 @@ def test_all_problems_at_once():
 @pytest.mark.parametrize(
     "override",
     [
-        "optim.muon_lr=inf",
-        "optim.muon_wd=-1",
-        "optim.muon_wd=nan",
-        "optim.adam_wd=-1",
+        "optim.normuon.lr=inf",
+        "optim.normuon.wd=-1",
+        "optim.normuon.wd=nan",
+        "optim.adam.wd=-1",
         "optim.adam_table.embed.lr_mul=-1",
         "optim.muon_table.mlp_bank.lr_muls=",  # ZeroDivisionError in optim.py
         "schedule.momentum_peak=2",

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "batch": {"ops"},
     "gates": {"config"},
     "fp8_state": {"ops", "config"},
-    "optim": {"ops", "config", "comms", "schedule"},  # schedule: the type of optim.step(plan)
+    "optim": {"ops", "config", "comms", "update_rules", "schedule"},  # schedule: StepPlan, a type
+    "update_rules": {"ops", "config", "schedule"},
 }
 TOP = {"train", "cli", "commands"}  # only these import these
 

@@ -30,7 +30,7 @@ from train_helpers import (
 )
 
 STEPS, MUON_LR = 20, 0.02
-SETS = tiny_sets(schedule__num_steps=STEPS, optim__muon_lr=MUON_LR)
+SETS = tiny_sets(schedule__num_steps=STEPS, optim__normuon__lr=MUON_LR)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def refused(folder, monkeypatch, capsys):
         (["--recipe", "tinny"], "no recipe 'tinny'; recipes: "),
         (["--set", "optim.lr=1"], "no setting 'lr'; allowed here: muon_table, adam_table"),
         (["--set", "model.num_heads"], "expected KEY=VALUE"),
-        (["--set", "optim.muon_lr=-1"], "optim.muon_lr=-1.0: must be greater than 0"),
+        (["--set", "optim.normuon.lr=-1"], "optim.normuon.lr=-1.0: must be greater than 0"),
         (["--set", "model.model_dim=-32"], "model.model_dim=-32: must be greater than 0"),
         (["--steps", "-5"], "--steps -5: this schedule needs at least"),
         (["--data", "nowhere"], "nowhere: not a folder"),
@@ -149,11 +149,11 @@ def test_bad_shards_are_refused_before_training(refused, tmp_path, name, how):
 
 def test_a_loss_that_is_not_finite_stops_the_run(refused, folder, tmp_path):
     words = ["--text", "text.txt", "--out", tmp_path / "run"]
-    message = refused(*words, *tiny_sets(optim__muon_lr=1e15))
+    message = refused(*words, *tiny_sets(optim__normuon__lr=1e15))
     found = re.search(r"error: step (\d+): the training loss is (nan|inf)", message)
     # Step 0 trains on the start values; its update is what step 1 shows.
     assert found and found[1] == "1"
-    assert "Lower optim.muon_lr" in message
+    assert "Lower optim.normuon.lr" in message
     assert "step:0/" in (tmp_path / "run" / "log.txt").read_text()
 
 

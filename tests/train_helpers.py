@@ -136,7 +136,7 @@ def tiny_sets(**changes: Any) -> list[str]:
         "schedule.stage_ends": "",
         "schedule.num_steps": 20,
         "schedule.val_interval": 5,
-        "optim.adam_lr": 0.02,
+        "optim.adam.lr": 0.02,
         "schedule.momentum_warmup_steps": 4,
         "schedule.momentum_cooldown_steps": 2,
         "data.val_tokens": 2048,

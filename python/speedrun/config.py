@@ -281,7 +281,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class AdamRow:
-    """Adam's numbers for one parameter (RECIPE: optimizer, the table)."""
+    """Numbers of the parameters that `name` matches, such as "mudd_*_W?", for `vector_rule`."""
 
     name: str
     beta1: float
@@ -292,22 +292,82 @@ class AdamRow:
 
 @dataclass(frozen=True)
 class MuonRow:
-    """NorMuon's numbers for one bank. `lr_muls` repeats over the matrices of the bank."""
+    """Numbers of the banks of matrices that `name` matches, for `matrix_rule`.
+
+    `lr_muls` repeats over the matrices of the bank.
+    """
 
     name: str
     lr_muls: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
+class NorMuonConfig:
+    """The record's. A step's decay is wd · lr · lr."""
+
+    lr: float = 0.023
+    wd: float = 1.2
+    beta2: float = 0.9
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """The public baseline's of the track `optimization`. A step's decay is wd · lr."""
+
+    lr: float = 0.025
+    wd: float = 0.05
+    ns_steps: int = 12  # of Newton–Schulz
+    ns_coefficients: tuple[float, float, float] = (2.0, -1.5, 0.5)
+    ns_precision: Literal["bf16", "weight"] = "bf16"  # of its matrices; "weight": the weights' type
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    """The record's. A step's decay is wd · lr · lr."""
+
+    lr: float = 0.008
+    wd: float = 0.005
+    eps: float = 1e-10
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """torch.optim.AdamW's. A step's decay is wd · lr. Banks of matrices have numbers of their own:
+    the defaults are the public Adam baseline's of the track `optimization`."""
+
+    lr: float = 0.015
+    wd: float = 0.001
+    eps: float = 1e-10
+    matrix_lr: float = 0.0015
+    matrix_betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
-    muon_table: tuple[MuonRow, ...]
-    adam_table: tuple[AdamRow, ...]
-    muon_lr: float = 0.023
-    muon_wd: float = 1.2
-    muon_beta2: float = 0.9
-    adam_lr: float = 0.008
-    adam_wd: float = 0.005
-    adam_eps: float = 1e-10
+    """Each parameter matches one row of the two tables; a row may match none, or many.
+
+    The order of the rows is that in which gradients are sent and parameters updated: first the
+    small ones together, then muon_table, then adam_table. Techniques: cautious_decay,
+    variance_rescale, exact_weights.
+    """
+
+    muon_table: tuple[MuonRow, ...]  # banks of matrices
+    adam_table: tuple[AdamRow, ...]  # all others
+    matrix_rule: Literal["normuon", "muon", "adamw"] = "normuon"
+    vector_rule: Literal["adam", "adamw"] = "adam"
+    normuon: NorMuonConfig = field(default_factory=NorMuonConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    cautious_decay: bool = True  # normuon, adam: only where the step goes towards zero too
+    variance_rescale: bool = True  # normuon: by row or column; False: Polar Express's direction
+    # normuon, muon: bf16 matrices with 16 more bits beside them, which the model doesn't see: it
+    # has the upper half, cut off as in the public program, or rounded.
+    exact_weights: bool = True
+    weight_rounding: Literal["truncate", "nearest"] = "truncate"
+    # How gradients travel; no number of the training depends on it, but for rounding.
+    replicate_below: int = 2**16  # elements: smaller parameters are updated by every rank
+    sparse_rows_threshold: int = 2**17  # tables of so many rows: only touched rows; 0: never
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
-from speedrun.config import NUM_PARTS, BaselineConfig, Config, ConfigError, ModelConfig
+from speedrun.config import (
+    NUM_PARTS,
+    BaselineConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    MuonConfig,
+    OptimConfig,
+)
 
 LARGEST_NUMBER = 1e15  # squared, it still fits into float32
-MAY_BE_NEGATIVE = ("model.softcap_b",)
+MAY_BE_NEGATIVE = ("model.softcap_b", "optim.muon.ns_coefficients.1")
 
 
 def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -98,13 +108,7 @@ def check(config: Config) -> None:
             stage.window_long,
             f"must be at least window_short = {stage.window_short}",
         )
-    require_positive(optim, "optim.", "muon_lr", "adam_lr", "adam_eps")
-    require(0 <= optim.muon_beta2 < 1, "optim.muon_beta2", optim.muon_beta2, "must be in [0, 1)")
-    for row in optim.muon_table:
-        require(bool(row.lr_muls), f"optim.muon_table.{row.name}.lr_muls", "()", "needs a number")
-    for row in optim.adam_table:
-        ok = 0 <= row.beta1 < 1 and 0 <= row.beta2 < 1
-        require(ok, f"optim.adam_table.{row.name}", (row.beta1, row.beta2), "betas are in [0, 1)")
+    _check_optim(optim, schedule.untie_frac > 0, require)
     require_positive(data, "data.", "val_tokens_per_part", "train_shards")
     require(
         data.cu_seqlens_entries is None or data.cu_seqlens_entries > 1,
@@ -207,6 +211,38 @@ def _check_baseline(config: Config, require: Callable, require_positive: Callabl
             stage.prefix_weight,
             "must be (0, 0): the next token is the only target",
         )
+
+
+def _check_optim(optim: OptimConfig, tied: bool, require: Callable) -> None:
+    for rule in (optim.normuon, optim.muon, optim.adam, optim.adamw):
+        prefix = f"optim.{type(rule).__name__.removesuffix('Config').lower()}."
+        for name in ("lr", "eps", "ns_steps", "matrix_lr"):
+            value = getattr(rule, name, 1)
+            require(value > 0, prefix + name, value, "must be greater than 0")
+    hints = typing.get_type_hints(OptimConfig) | typing.get_type_hints(MuonConfig)
+    for section, key, name in (
+        (optim, "optim.", "matrix_rule"),
+        (optim, "optim.", "vector_rule"),
+        (optim, "optim.", "weight_rounding"),
+        (optim.muon, "optim.muon.", "ns_precision"),
+    ):
+        value, allowed = getattr(section, name), typing.get_args(hints[name])
+        require(value in allowed, key + name, value, f"must be {' or '.join(allowed)}")
+    beta2 = optim.normuon.beta2
+    require(0 <= beta2 < 1, "optim.normuon.beta2", beta2, "must be in [0, 1)")
+    betas = {"optim.adamw.matrix_betas": optim.adamw.matrix_betas}
+    betas |= {f"optim.adam_table.{row.name}": (row.beta1, row.beta2) for row in optim.adam_table}
+    for key, pair in betas.items():
+        require(all(0 <= beta < 1 for beta in pair), key, pair, "betas are in [0, 1)")
+    for row in optim.muon_table:
+        require(bool(row.lr_muls), f"optim.muon_table.{row.name}.lr_muls", "()", "needs a number")
+        for name in ("embed", "lm_head"):
+            require(
+                not (tied and fnmatchcase(name, row.name)),
+                f"optim.muon_table.{row.name}",
+                name,
+                "can't be tied there; move it to optim.adam_table, or set schedule.untie_frac=0",
+            )
 
 
 def _check_layers(model: ModelConfig, require: Callable) -> None:

@@ -1,93 +1,242 @@
-"""NorMuon for the banks of matrices and Adam for the rest, over a typed parameter table.
+"""The optimizer: which parameter gets which update rule, where and when, and what is sent for it.
 
-The arithmetic is in the operators (`polar_express`, `normuon_step`, `adam_step`); this file says
-which parameter gets what, when, and in which order gradients are reduced. RECIPE section 4.
+What a rule computes is in `update_rules`, how tensors travel in `comms`. RECIPE section 4.
+B matrices of M × N in a bank, R rows of C columns in a table, V vocabulary, D model, W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from speedrun.comms import Comms
+from speedrun.comms import Comms, Pending, rows_per_rank, sent_bytes, sparse_sent_bytes
 from speedrun.config import AdamRow, ConfigError, MuonRow, OptimConfig
-from speedrun.ops.adam_step import adam_step
-from speedrun.ops.normuon_step import momentum_step, variance_rescale, weight_update
-from speedrun.ops.polar_express import polar_express
+from speedrun.ops.transpose import ADD_DTYPES, transpose, transpose_add_
 from speedrun.schedule import StepPlan
+from speedrun.update_rules import RULES, UpdateRule
+
+HEAD, EMBED = "lm_head", "embed"  # (D, V) and (V, D): one parameter while a plan says `tied`
 
 
-class MuonBank:
-    """State of one bank: B matrices of M × N. bf16 weights keep 16 low bits apart."""
+@dataclass(frozen=True)
+class Placement:
+    """Where a parameter is updated: by every rank, or each of its rows by the rank that owns it.
 
-    def __init__(self, row: MuonRow, param: nn.Parameter) -> None:
-        self.row, self.param = row, param
-        self.weight_BMN = param.data.view(-1, *param.shape[-2:])
-        B, M, N = self.weight_BMN.shape
-        device = param.device
-        state_dtype = torch.promote_types(param.dtype, torch.float32)
-        self.momentum_BMN = torch.zeros(B, M, N, dtype=state_dtype, device=device)
-        second_shape = (B, M, 1) if M >= N else (B, 1, N)
-        self.second = torch.zeros(second_shape, dtype=state_dtype, device=device)
-        self.low_BMN = None
-        if param.dtype == torch.bfloat16:
-            self.low_BMN = torch.zeros(B, M, N, dtype=torch.int16, device=device)
-        repeats = -(-B // len(row.lr_muls))
-        lr_muls = torch.tensor(row.lr_muls * repeats, dtype=state_dtype)[:B]
-        self.lr_muls_B11 = (lr_muls * max(1.0, M / N) ** 0.5).view(-1, 1, 1).to(device)
+    matrices: a bank (…, M, N) has B matrices for rows; rows: a table (…, C) has R; columns: the
+    head has those of its transpose, V like the embedding.
+    """
 
-    def tensors(self) -> list[Tensor]:
-        low = [] if self.low_BMN is None else [self.low_BMN]
-        return [self.param.data, self.momentum_BMN, self.second, *low]
+    name: str
+    param: nn.Parameter
+    row: MuonRow | AdamRow
+    kind: Literal["replicated", "matrices", "rows", "columns"]
+    sparse: bool = False  # only rows that a rank touched are sent to their owners
 
-    def step(self, config: OptimConfig, lr: float, mu: float) -> None:
-        grad = self.param.grad.view_as(self.weight_BMN)
-        nesterov = momentum_step(grad, self.momentum_BMN, mu)
-        o = polar_express(nesterov, self.weight_BMN.dtype)
-        o = variance_rescale(o, self.second, config.muon_beta2)
-        rate = config.muon_lr * lr
-        wd = config.muon_wd * rate
-        weight_update(self.weight_BMN, self.low_BMN, o, self.lr_muls_B11 * rate, wd)
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """(B, M, N), (R, C) or (V, D); of replicated parameters that of the parameter."""
+        shape = tuple(self.param.shape)
+        if self.kind == "replicated":
+            return shape
+        if self.kind == "columns":
+            return shape[::-1]
+        size = shape[-2:] if self.kind == "matrices" else shape[-1:]
+        return (math.prod(shape[: -len(size)]), *size)
+
+    def is_due(self, adam: bool, tied: bool) -> bool:
+        """Whether a step updates it: banks always, others by `adam`; tied, the head alone."""
+        return self.kind == "matrices" or (adam and not (tied and self.name == EMBED))
 
 
-class AdamParam:
-    """State of one parameter. Moments in fp32 (or the parameter's wider type)."""
+def placements(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, world_size: int
+) -> list[Placement]:
+    """All parameters, in the order of communication and of work.
 
-    def __init__(self, row: AdamRow, param: nn.Parameter) -> None:
-        self.row, self.param = row, param
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        self.exp_avg = torch.zeros_like(param, dtype=dtype)
-        self.exp_avg_sq = torch.zeros_like(param, dtype=dtype)
-        self.num_updates = 0
+    That is: the small ones, which share a message; muon_table row by row; adam_table row by row. So
+    gradients of the large tables are on their way while matrices are orthogonalised.
+    ConfigError: a parameter matches no row, or two, or a row that can't be its.
+    """
+    params, rows = dict(named_parameters), (*config.muon_table, *config.adam_table)
+    pair = _tied_pair(params)
+    found = []
+    for name, param in params.items():
+        row = rows[_only_row(name, rows)]
+        kind, sparse = "rows", False
+        if isinstance(row, MuonRow):
+            kind = "matrices"
+            if param.dim() < 2:
+                raise ConfigError(
+                    f"optim.muon_table: {row.name!r} matches {name!r}, which has shape "
+                    f"{tuple(param.shape)} and is no matrix: give it a row in optim.adam_table"
+                )
+        elif name in pair:
+            kind = "columns" if name == HEAD else "rows"
+        elif param.dim() < 2 or param.numel() < config.replicate_below:
+            kind = "replicated"
+        elif world_size > 1:
+            num_rows = math.prod(param.shape[:-1])
+            sparse = 0 < config.sparse_rows_threshold <= num_rows
+        found.append(Placement(name, param, row, kind, sparse))
+    return sorted(found, key=lambda place: (place.kind != "replicated", rows.index(place.row)))
 
-    def tensors(self) -> list[Tensor]:
-        return [self.param.data, self.exp_avg, self.exp_avg_sq]
 
-    def step(self, config: OptimConfig, lr: float) -> None:
-        self.num_updates += 1
-        rate = config.adam_lr * lr * self.row.lr_mul
-        adam_step(
-            self.param.data,
-            self.param.grad,
-            self.exp_avg,
-            self.exp_avg_sq,
-            step=self.num_updates,
-            lr=rate,
-            decay=rate * rate * config.adam_wd * self.row.wd_mul,
-            beta1=self.row.beta1,
-            beta2=self.row.beta2,
-            eps=config.adam_eps,
-        )
+def _only_row(name: str, rows: Sequence[MuonRow | AdamRow]) -> int:
+    matches = [i for i, row in enumerate(rows) if fnmatchcase(name, row.name)]
+    if len(matches) == 1:
+        return matches[0]
+    tables = "optim.muon_table or optim.adam_table"
+    if not matches:
+        raise ConfigError(f"parameter {name!r} needs a row in {tables}")
+    names = ", ".join(repr(rows[i].name) for i in matches)
+    raise ConfigError(f"parameter {name!r} matches {names} in {tables}: it may have one row only")
+
+
+def _tied_pair(params: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """Names of head and embedding where they could be one parameter, else none."""
+    head, embed = params.get(HEAD), params.get(EMBED)
+    if head is None or embed is None or head.dtype not in ADD_DTYPES:
+        return ()
+    return (HEAD, EMBED) if (head.shape, head.dtype) == (embed.mT.shape, embed.dtype) else ()
+
+
+class ReplicatedParams:
+    """Small parameters: their gradients share a message, and every rank updates all of them."""
+
+    def __init__(self, places: Sequence[Placement], config: OptimConfig, comms: Comms) -> None:
+        self.places, self.comms = places, comms
+        self.rules = {place.name: _rule(place, config, place.param.data, 0) for place in places}
+
+    def reduce(self, plan: StepPlan) -> None:
+        self.pending = self.comms.all_reduce_([_gradient(place.param) for place in self.places])
+
+    def update(self, plan: StepPlan) -> None:
+        for place, grad in zip(self.places, self.pending.wait(), strict=True):
+            self.rules[place.name].update(place.param.data, grad, plan)
+
+    def finish(self, plan: StepPlan) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        for place in self.places:
+            place.param.grad = None
+
+
+class ShardedParam:
+    """A parameter of which each rank updates its own rows, with optimizer state for these alone."""
+
+    def __init__(self, place: Placement, config: OptimConfig, comms: Comms) -> None:
+        self.places, self.param, self.comms = [place], place.param, comms
+        self.rows_shape, self.own = place.rows_shape, comms.own_rows(place.rows_shape[0])
+        weight = self.rows_of(place.param.data)[self.own]
+        self.rules = {place.name: _rule(place, config, weight, self.own.start)}
+        self.touched: list[Tensor] | None = [] if place.sparse else None
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The parameter or its gradient as rows, a view."""
+        return x.view(self.rows_shape)
+
+    def reduce(self, plan: StepPlan) -> None:
+        """Send the gradient to the owners of its rows."""
+        if self.touched is not None:
+            self.pending = self._reduce_touched_rows()
+        else:
+            self.pending = self.comms.reduce_scatter(self.rows_of(_gradient(self.param)))
+
+    def _reduce_touched_rows(self) -> Pending:
+        if self.param.grad is not None and not self.touched:
+            name = self.places[0].name
+            raise RuntimeError(
+                f"{name!r} is sent by rows and has a gradient, but its rows are not known: call "
+                f"optimizer.touched({name!r}, rows) for each micro-batch, or set "
+                "optim.sparse_rows_threshold=0"
+            )
+        grad_RC = self.rows_of(_gradient(self.param))
+        nothing = grad_RC.new_empty(0, dtype=torch.int32)
+        return self.comms.reduce_scatter_rows(grad_RC, torch.cat([nothing, *self.touched]))
+
+    def update(self, plan: StepPlan) -> None:
+        """With the sum of all ranks' gradients, update the own rows; send them to all ranks."""
+        rows = self.rows_of(self.param.data)
+        (rule,) = self.rules.values()
+        rule.update(rows[self.own], self.pending.wait(), plan)
+        self.pending = self.comms.all_gather_(rows)
+
+    def finish(self, plan: StepPlan) -> None:
+        """Receive the other ranks' rows, and forget the gradient."""
+        self.pending.wait()
+        self.forget()
+
+    def forget(self) -> None:
+        self.param.grad = None
+        if self.touched is not None:
+            self.touched.clear()
+
+
+class HeadParam(ShardedParam):
+    """lm_head (D, V), of which each rank updates columns: rows (V, D) like those of embed.
+
+    So, while they are tied, the sum of both gradients is one sum of rows, and when they part, each
+    rank has the moments that embed's rows need.
+    """
+
+    def __init__(
+        self, place: Placement, embed: nn.Parameter, config: OptimConfig, comms: Comms
+    ) -> None:
+        super().__init__(place, config, comms)
+        self.embed = embed
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        return x.mT
+
+    def reduce(self, plan: StepPlan) -> None:
+        grad_DV = _gradient(self.param)
+        if plan.tied:
+            grad_VD = transpose_add_(_gradient(self.embed), grad_DV)
+        else:
+            grad_VD = transpose(grad_DV)
+        self.pending = self.comms.reduce_scatter(grad_VD)
+
+    def update(self, plan: StepPlan) -> None:
+        """Tied, the rows are received as embed's; else they only pass through a tensor like it."""
+        rows_VD = self.embed.data if plan.tied else torch.empty_like(self.embed)
+        own = rows_VD[self.own]
+        own.copy_(transpose(self.param.data[:, self.own]))
+        (rule,) = self.rules.values()
+        rule.update(own, self.pending.wait(), plan)
+        self.pending = self.comms.all_gather_(rows_VD)
+
+    def finish(self, plan: StepPlan) -> None:
+        self.param.data.copy_(transpose(self.pending.wait()))
+        self.forget()
+        if plan.tied:
+            self.embed.grad = None
+
+
+def _rule(place: Placement, config: OptimConfig, weight: Tensor, first: int) -> UpdateRule:
+    name = config.matrix_rule if isinstance(place.row, MuonRow) else config.vector_rule
+    return RULES[name](place.row, config, weight, first)
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    """The gradient; a missing one is zero."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
 
 
 class Optimizer:
-    """Every parameter of a model with the row of the table that names it.
+    """Every parameter of a model, by the row of the tables that matches its name.
 
-    Raises ConfigError when a parameter has no row, or two. A row without a parameter is fine: a
-    table serves models with a technique switched off. `buffers`: gives what
-    else a step changes in the model, for snapshots only.
+    `buffers`: gives what else a step changes in the model, for snapshots only. Raises ConfigError
+    as `placements` does.
     """
 
     def __init__(
@@ -97,56 +246,113 @@ class Optimizer:
         comms: Comms,
         buffers: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
-        self.config, self.comms, self.buffers = config, comms, buffers
-        names = [row.name for row in (*config.muon_table, *config.adam_table)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(f"muon_table and adam_table name {', '.join(twice)} more than once")
-        muon = {row.name: row for row in config.muon_table}
-        adam = {row.name: row for row in config.adam_table}
-        self.banks: list[MuonBank] = []
-        self.adams: list[AdamParam] = []
-        for name, param in named_parameters:
-            if name not in names:
-                raise ConfigError(f"parameter {name!r} needs a row in muon_table or adam_table")
-            if name in muon:
-                self.banks.append(MuonBank(muon[name], param))
+        self.buffers = buffers
+        params = dict(named_parameters)
+        places = placements(params.items(), config, comms.world_size)
+        small = [place for place in places if place.kind == "replicated"]
+        # The order of communication and of work: that of this list.
+        self.order: list[ReplicatedParams | ShardedParam] = []
+        if small:
+            self.order.append(ReplicatedParams(small, config, comms))
+        for place in places[len(small) :]:
+            if place.kind == "columns":
+                self.order.append(HeadParam(place, params[EMBED], config, comms))
             else:
-                self.adams.append(AdamParam(adam[name], param))
+                self.order.append(ShardedParam(place, config, comms))
+        self.params = params
+        self.rules = {name: rule for item in self.order for name, rule in item.rules.items()}
+        self.can_tie = any(place.kind == "columns" for place in places)
+        self.sparse = {
+            item.places[0].name: item.touched
+            for item in self.order
+            if isinstance(item, ShardedParam) and item.touched is not None
+        }
+
+    def touched(self, name: str, rows: Tensor) -> None:
+        """Rows of table `name` in which a micro-batch leaves a gradient; any shape, integers.
+
+        For tables that `optim.sparse_rows_threshold` has sent by rows; others need no call, but
+        may have it.
+        """
+        if name in self.sparse:
+            self.sparse[name].append(rows.flatten())
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> None:
-        """Reduce the gradients that are due, update their parameters, clear those gradients.
+        """Sum the gradients that are due over the ranks, update their parameters, clear them.
 
-        Adam's gradients stay and add up between its updates. A missing gradient counts as zero.
+        The other gradients stay and add up. A missing gradient counts as zero. A parameter's
+        update runs while gradients of the next ones and weights of the ones before are on their
+        way. `reduce` may come earlier: a backward pass could call it as soon as a gradient is
+        complete.
         """
-        due: Sequence[MuonBank | AdamParam] = self.banks
-        if plan.adam:
-            due = [*self.banks, *self.adams]
+        if (plan.tied or plan.split) and not self.can_tie:
+            raise ConfigError(
+                f"schedule.untie_frac: to be tied, {EMBED} (V, D) and {HEAD} (D, V) must both be "
+                "in optim.adam_table and of one type, 16 bits or float32; or set it to 0"
+            )
+        due = [item for item in self.order if item.places[0].is_due(plan.adam, plan.tied)]
         for item in due:
-            if item.param.grad is None:
-                item.param.grad = torch.zeros_like(item.param)
-        self.comms.all_reduce_sum([item.param.grad for item in due])
+            item.reduce(plan)
         for item in due:
-            if isinstance(item, MuonBank):
-                item.step(self.config, plan.lr, plan.momentum)
-            else:
-                item.step(self.config, plan.lr)
-            item.param.grad = None
+            item.update(plan)
+        for item in due:
+            item.finish(plan)
+        if plan.split:  # embed goes on from where they were one
+            for name, tensor in self.rules[EMBED].state.items():
+                tensor.copy_(self.rules[HEAD].state[name])
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of parameters, buffers and state, for `restore`; taken before the warm-up."""
+        """Copies of parameters, state and buffers, for `restore`; taken before the warm-up."""
         return [t.clone() for t in self._tensors()]
 
+    @torch.no_grad()
     def restore(self, snapshot: Sequence[Tensor]) -> None:
-        """Put a snapshot back, bitwise, and forget gradients and update counts."""
+        """Put a snapshot back, bitwise, and forget gradients."""
         for t, saved in zip(self._tensors(), snapshot, strict=True):
             t.copy_(saved)
-        for item in [*self.banks, *self.adams]:
-            item.param.grad = None
-        for adam in self.adams:
-            adam.num_updates = 0
+        for item in self.order:
+            item.forget()
 
     def _tensors(self) -> list[Tensor]:
-        state = [t for item in [*self.banks, *self.adams] for t in item.tensors()]
-        return [*state, *self.buffers()]
+        state = [t for rule in self.rules.values() for t in rule.state.values()]
+        return [*(param.data for param in self.params.values()), *state, *self.buffers()]
+
+
+def communication_bytes(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    world_size: int,
+    *,
+    adam: bool = True,
+    tied: bool = False,
+    sparse_rows: Mapping[str, int] | None = None,
+) -> Counter[str]:
+    """Bytes that a rank sends in one step, by collective, as `Comms.sent` counts them.
+
+    named_parameters: may be on the meta device. adam, tied: the plan's. sparse_rows: for each table
+    that is sent by rows, how many of the rows that the rank touched belong to others. ValueError
+    where such a table is missing there.
+    """
+    bytes_sent: Counter[str] = Counter()
+    replicated: Counter[torch.dtype] = Counter()
+    for place in placements(named_parameters, config, world_size):
+        if not place.is_due(adam, tied):
+            continue
+        num_rows, *row_shape = place.rows_shape or (1,)
+        row_bytes = math.prod(row_shape) * place.param.itemsize
+        if place.kind == "replicated":
+            replicated[place.param.dtype] += num_rows * row_bytes
+            continue
+        message = rows_per_rank(num_rows, world_size) * world_size * row_bytes
+        bytes_sent["all_gather"] += sent_bytes("all_gather", message, world_size)
+        if not place.sparse:
+            bytes_sent["reduce_scatter"] += sent_bytes("reduce_scatter", message, world_size)
+        elif place.name in (sparse_rows or {}):
+            rows_to_others = sparse_rows[place.name]
+            bytes_sent["all_to_all"] += sparse_sent_bytes(rows_to_others, row_bytes, world_size)
+        else:
+            raise ValueError(f"{place.name!r} is sent by rows: sparse_rows must have their number")
+    for message in replicated.values():
+        bytes_sent["all_reduce"] += sent_bytes("all_reduce", message, world_size)
+    return +bytes_sent

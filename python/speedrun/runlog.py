@@ -176,7 +176,7 @@ class RunLog:
         if not math.isfinite(loss):
             raise RunError(
                 f"step {step}: the validation loss is {loss}; the run is stopped. "
-                "Lower optim.muon_lr or optim.adam_lr by --set"
+                "Lower optim.normuon.lr or optim.adam.lr by --set"
             )
         self.val_loss = loss
         self._event("validation", step=step, val_loss=loss, train_time_s=train_time_s)
@@ -265,7 +265,8 @@ class LossQueue:
             if not math.isfinite(mean):
                 raise RunError(
                     f"step {plan.step}: the training loss is {mean}; the run is stopped. "
-                    "Lower optim.muon_lr or optim.adam_lr by --set, or try --set precision=float32"
+                    "Lower optim.normuon.lr or optim.adam.lr by --set, or try "
+                    "--set precision=float32"
                 )
             self._tokens_done += plan.tokens_per_step
             log.training(plan.step + 1, mean, train_time_s, self._tokens_done)

@@ -13,6 +13,7 @@ from speedrun.config import (
     LayerSpec,
     ModelConfig,
     MuonRow,
+    NorMuonConfig,
     OptimConfig,
     ScheduleConfig,
     Stage,
@@ -45,7 +46,7 @@ def config() -> Config:
                 AdamRow("embed", 0.5, 0.95, wd_mul=150.0),
                 AdamRow("bigram_embed", 0.75, 0.95, lr_mul=8.0, wd_mul=5.0),
             ),
-            muon_lr=0.03,
+            normuon=NorMuonConfig(lr=0.03),
         ),
         schedule=ScheduleConfig(
             num_steps=400,

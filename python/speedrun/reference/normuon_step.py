@@ -35,27 +35,48 @@ def variance_rescale(o_BMN: Tensor, second: Tensor, beta2: float) -> Tensor:
 
 
 def weight_update(
-    weight_BMN: Tensor, low_BMN: Tensor | None, o_BMN: Tensor, lr_B11: Tensor, wd: float
+    weight_BMN: Tensor,
+    low_BMN: Tensor | None,
+    o_BMN: Tensor,
+    lr_B11: Tensor,
+    wd: float,
+    *,
+    cautious: bool = True,
+    nearest: bool = False,
 ) -> None:
-    """W ← (W − [O·W ≥ 0]·W·wd·lr) − O·lr on the exact weight, in place; bf16 is cut off."""
-    exact = weight_BMN if low_BMN is None else join_bits(weight_BMN, low_BMN)
+    """W ← (W − [O·W ≥ 0]·W·wd·lr) − O·lr on the exact weight, in place, in at least fp32.
+
+    `cautious` False: W decays everywhere. The bf16 of an exact weight is cut off, or with `nearest`
+    rounded; without low bits a bf16 weight is rounded to nearest.
+    """
+    wide = torch.promote_types(weight_BMN.dtype, torch.float32)
+    exact = weight_BMN.to(wide) if low_BMN is None else join_bits(weight_BMN, low_BMN, nearest)
     o = o_BMN.to(exact.dtype)
-    decay = exact * (o * exact >= 0) * wd * lr_B11
-    exact = exact - decay - o * lr_B11
+    shrinks = exact * (o * exact >= 0) if cautious else exact
+    exact = exact - shrinks * wd * lr_B11 - o * lr_B11
     if low_BMN is None:
         weight_BMN.copy_(exact)
     else:
-        split_bits(exact, weight_BMN, low_BMN)
+        split_bits(exact, weight_BMN, low_BMN, nearest)
 
 
-def join_bits(weight: Tensor, low: Tensor) -> Tensor:
-    """The exact float32 weight: bf16 upper half, int16 lower half (the bits of a uint16)."""
+def join_bits(weight: Tensor, low: Tensor, nearest: bool = False) -> Tensor:
+    """The exact float32 weight: bf16 upper half, int16 lower half.
+
+    The lower half is the bits of a uint16, but the signed distance from the upper one if `nearest`.
+    """
     upper = weight.view(torch.int16).to(torch.int32) << 16
-    return (upper | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+    low = low.to(torch.int32)
+    return (upper + (low if nearest else low & 0xFFFF)).view(torch.float32)
 
 
-def split_bits(exact: Tensor, weight: Tensor, low: Tensor) -> None:
-    """Write the upper half of `exact` to `weight` and the lower half to `low`, in place."""
+def split_bits(exact: Tensor, weight: Tensor, low: Tensor, nearest: bool = False) -> None:
+    """Write the upper half of `exact` to `weight` and the lower half to `low`, in place.
+
+    `nearest`: the upper half is rounded (of two equally near the larger one), not cut off. The
+    lower half has the same bits, since 2^16 more or less above it are none of its own.
+    """
     bits = exact.view(torch.int32)
-    weight.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
+    upper = bits + 0x8000 if nearest else bits
+    weight.copy_((upper >> 16).to(torch.int16).view(torch.bfloat16))
     low.copy_(bits.to(torch.int16))
