@@ -441,8 +441,8 @@ for name, kernel, signature, constexprs, options in static_variants():
     types = {n: signature.get(n, "constexpr").split(":")[0] for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
                if signature.get(n, "").endswith(":16")}
-    # Before Hopper fp8 is rounded on integers, as hardware_casts() says.
-    constexprs = {**constexprs, "HARDWARE": capability >= 90}
+    # Before Hopper fp8 is rounded on integers, as casts_in_software() says.
+    constexprs = {**constexprs, "SOFTWARE": capability < 90}
     source = ASTSource(fn=kernel, signature=types, attrs=aligned, constexprs=constexprs)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = built.asm["ptx"]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from speedrun.triton_kernels._fp8 import interprets, round_to_bf16, round_to_fp8
+from speedrun.triton_kernels._fp8 import casts_in_software, round_to_bf16, round_to_fp8
 
 PLAIN, RELU2, DRELU2 = (tl.constexpr(i) for i in range(3))  # EPILOGUE
 BLOCK_K = 128  # also the length of K after which a precise sum is promoted to float32
@@ -186,11 +186,6 @@ def choose_split(tiles: int, tiles_k: int, num_sms: int) -> int:
     return min(range(1, max(1, min(8, tiles_k // 16)) + 1), key=idle)
 
 
-def _casts_at_once(capability: tuple[int, int]) -> bool:
-    """Whether a cast to FP8 rounds once: for sm_89, Triton 3.6 rounds to fp16 first."""
-    return capability >= (9, 0)
-
-
 def _is_aligned(x: Tensor) -> bool:
     return all(step % 16 == 0 for step in (x.data_ptr(), *x.stride()[:-1]))
 
@@ -261,7 +256,7 @@ def _launch(
             ACCUMULATE=accumulate,
             SPLIT_K=split,
             DESCRIPTORS=descriptors,
-            SOFTWARE=interprets() or not _casts_at_once(capability),
+            SOFTWARE=casts_in_software(a.device),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=BLOCK_K,
@@ -340,7 +335,7 @@ def static_variants(capability: tuple[int, int] = (9, 0)):
             "ACCUMULATE": name.startswith("add"),
             "SPLIT_K": split,
             "DESCRIPTORS": tma,
-            "SOFTWARE": not _casts_at_once(capability),
+            "SOFTWARE": capability < (9, 0),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": BLOCK_K,

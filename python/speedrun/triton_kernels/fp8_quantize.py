@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speedrun.triton_kernels._fp8 import casts_in_software, fp8_bits, round_to_bf16, to_float
+
 NUM_WARPS = 8
 TILES = {"TILE_M": 128, "TILE_N": 128}  # rows of 128 bytes in both layouts
 # A norm reads its rows twice, the second time from a cache. Half the rows a program: 256 programs
@@ -18,62 +20,6 @@ LOOKAHEAD = 3
 MIN_AMAX = 1e-12
 DOWN_HEADROOM = 1.12
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
-
-
-@triton.jit
-def _to_float(x, HARDWARE: tl.constexpr):
-    """float32 of 16 or 32 bits; the interpreter loses subnormal bf16 numbers, so: as integers."""
-    if HARDWARE or x.dtype != tl.bfloat16:
-        wide = x.to(tl.float32)
-    else:
-        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return wide
-
-
-@triton.jit
-def _round_to_bf16(x, HARDWARE: tl.constexpr):
-    """Nearest bf16 of float32, ties to even; on integers in the interpreter, which cuts off."""
-    if HARDWARE:
-        rounded = x.to(tl.bfloat16)
-    else:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-        bits = tl.where(x == x, nearest, bits | 0x400000)  # NaN stays NaN
-        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return rounded
-
-
-@triton.jit
-def _fp8_bits(x, MANTISSA: tl.constexpr, HARDWARE: tl.constexpr):
-    """Bytes of the fp8 numbers (3 bits of mantissa: e4m3fn, 2: e5m2) nearest to float32 x.
-
-    On integers where there is no instruction (before sm_89) or the compiler goes by way of fp16 and
-    rounds twice (sm_89), and in the interpreter, which rounds ties up.
-    """
-    if HARDWARE:  # cvt.rn.satfinite: saturates, keeps NaN
-        if MANTISSA == 3:
-            code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        else:
-            code = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    else:
-        BIAS: tl.constexpr = 7 if MANTISSA == 3 else 15
-        SHIFT: tl.constexpr = 23 - MANTISSA
-        LARGEST: tl.constexpr = 0x43E00000 if MANTISSA == 3 else 0x47600000  # 448, 57344
-        SMALLEST_NORMAL: tl.constexpr = (128 - BIAS) << 23
-        # A float32 whose last bit weighs as much as the smallest subnormal.
-        ROUNDER: tl.constexpr = (151 - BIAS - MANTISSA) << 23
-        bits = x.to(tl.uint32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        clamped = tl.minimum(magnitude, LARGEST)
-        half = (1 << (SHIFT - 1)) - 1 + ((clamped >> SHIFT) & 1)
-        normal = ((clamped + half) >> SHIFT) - ((127 - BIAS) << MANTISSA)
-        rounder = tl.full(x.shape, ROUNDER, tl.uint32)
-        total = clamped.to(tl.float32, bitcast=True) + rounder.to(tl.float32, bitcast=True)
-        subnormal = total.to(tl.uint32, bitcast=True) - rounder
-        code = tl.where(clamped < SMALLEST_NORMAL, subnormal, normal)
-        code = tl.where(magnitude > 0x7F800000, 0x7F, code)
-        code = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-    return code
 
 
 @triton.jit
@@ -106,7 +52,7 @@ def fp8_quantize_kernel(
     x_batch_stride,
     x_row_stride,
     MANTISSA: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    SOFTWARE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
@@ -122,10 +68,10 @@ def fp8_quantize_kernel(
     col = (tile % col_tiles).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
     x_ptrs = x_ptr + batch * x_batch_stride + row[:, None] * x_row_stride + col[None, :]
     x = tl.load(x_ptrs, mask=(row[:, None] < rows) & (col[None, :] < cols), other=0.0)
-    x = _to_float(x, HARDWARE)
+    x = to_float(x, SOFTWARE)
     if amax_ptr is not None:
         tl.atomic_max(amax_ptr, _max_bits(x))
-    code = _fp8_bits(tl.div_rn(x, tl.load(scale_ptr)), MANTISSA, HARDWARE)
+    code = fp8_bits(tl.div_rn(x, tl.load(scale_ptr)), MANTISSA, SOFTWARE)
     _store(code, out_ptr, out_t_ptr, batch * rows * cols, row, col, rows, cols)
 
 
@@ -142,7 +88,7 @@ def rms_norm_fp8_quantize_kernel(
     x_row_stride,
     inverse_cols,
     eps,
-    HARDWARE: tl.constexpr,
+    SOFTWARE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
@@ -160,7 +106,7 @@ def rms_norm_fp8_quantize_kernel(
     for start in range(0, cols, TILE_N):
         col = start + tl.arange(0, TILE_N)
         mask = (row[:, None] < rows) & (col[None, :] < cols)
-        x = _to_float(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), HARDWARE)
+        x = to_float(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), SOFTWARE)
         squares += tl.sum(x * x, axis=1)
     root = tl.sqrt_rn(squares * inverse_cols + eps)
     reciprocal = tl.div_rn(tl.full((TILE_M,), 1.0, tl.float32), root)
@@ -169,11 +115,11 @@ def rms_norm_fp8_quantize_kernel(
     for start in range(0, cols, TILE_N):
         col = start + tl.arange(0, TILE_N)
         mask = (row[:, None] < rows) & (col[None, :] < cols)
-        x = _to_float(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), HARDWARE)
-        y = _round_to_bf16(x * reciprocal[:, None], HARDWARE)
+        x = to_float(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), SOFTWARE)
+        y = round_to_bf16(x * reciprocal[:, None], SOFTWARE)
         if y_ptr is not None:
             tl.store(y_ptr + offset + row[:, None] * cols + col[None, :], y, mask=mask)
-        code = _fp8_bits(tl.div_rn(_to_float(y, HARDWARE), scale), 3, HARDWARE)
+        code = fp8_bits(tl.div_rn(to_float(y, SOFTWARE), scale), 3, SOFTWARE)
         _store(code, out_ptr, out_t_ptr, offset, row, col, rows, cols)
 
 
@@ -196,7 +142,7 @@ def fp8_refresh_kernel(
     old_factor,
     HEADROOM: tl.constexpr,
     LOOKAHEAD: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    SOFTWARE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
@@ -228,7 +174,7 @@ def fp8_refresh_kernel(
     col = (tile % col_tiles).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
     mask = (row[:, None] < rows) & (col[None, :] < cols)
     x_ptrs = bank_ptr + matrix.to(tl.int64) * rows * cols + row[:, None] * cols + col[None, :]
-    x = _to_float(tl.load(x_ptrs, mask=mask, other=0.0), HARDWARE)
+    x = to_float(tl.load(x_ptrs, mask=mask, other=0.0), SOFTWARE)
 
     if finds_amax:
         tl.atomic_max(amax_ptr + own, _max_bits(x))
@@ -245,23 +191,18 @@ def fp8_refresh_kernel(
         if uses_old:
             scale = amax * old_factor
         else:
-            scale = _to_float(_round_to_bf16(amax * own_factor, HARDWARE), HARDWARE)
+            scale = to_float(round_to_bf16(amax * own_factor, SOFTWARE), SOFTWARE)
         if tile == 0:
             tl.store(scales_ptr + own, scale)
         quotient = tl.div_rn(x, scale)
         offset = layer.to(tl.int64) * rows * cols
         if is_down:
-            code = _fp8_bits(quotient, 3, HARDWARE)
+            code = fp8_bits(quotient, 3, SOFTWARE)
             _store(code, down_ptr, down_t_ptr, offset, row, col, rows, cols)
         else:
-            quotient = _to_float(_round_to_bf16(quotient, HARDWARE), HARDWARE)
-            code = _fp8_bits(quotient, 3, HARDWARE)
+            quotient = to_float(round_to_bf16(quotient, SOFTWARE), SOFTWARE)
+            code = fp8_bits(quotient, 3, SOFTWARE)
             _store(code, up_ptr, up_t_ptr, offset, row, col, rows, cols)
-
-
-def hardware_casts(device: torch.device) -> bool:
-    """Whether Triton's own casts to fp8 and bf16 are right there: sm_90 and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _bytes(x: Tensor | None) -> Tensor | None:
@@ -293,7 +234,7 @@ def fp8_quantize_out(
             cols,
             *strides,
             MANTISSA=_MANTISSA_BITS[out.dtype],
-            HARDWARE=hardware_casts(x.device),
+            SOFTWARE=casts_in_software(x.device),
             **TILES,
             num_warps=NUM_WARPS,
         )
@@ -319,7 +260,7 @@ def rms_norm_fp8_quantize_out(
             *strides,
             1 / cols,
             eps,
-            HARDWARE=hardware_casts(x.device),
+            SOFTWARE=casts_in_software(x.device),
             **NORM_TILES,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # the reference rounds products and sums one by one
@@ -362,7 +303,7 @@ def fp8_refresh_out(
             DOWN_HEADROOM / 448,
             HEADROOM=headroom,
             LOOKAHEAD=LOOKAHEAD,
-            HARDWARE=hardware_casts(bank.device),
+            SOFTWARE=casts_in_software(bank.device),
             **TILES,
             num_warps=NUM_WARPS,
         )
@@ -377,13 +318,13 @@ def static_variants():
     for dtype in ("fp16", "bf16", "fp32"):
         x = {"x_ptr": f"*{dtype}:16"}
         for mantissa, fp8 in ((3, "e4m3"), (2, "e5m2")):
-            constexprs = {"MANTISSA": mantissa, "HARDWARE": True, **TILES}
+            constexprs = {"MANTISSA": mantissa, "SOFTWARE": False, **TILES}
             signature = {**x, **outputs, **amax, **sizes}
             yield f"{dtype} to {fp8}", fp8_quantize_kernel, signature, constexprs, warps
         signature = {**x, **outputs, **sizes, "y_ptr": "*bf16:16"}
         signature |= {"inverse_cols": "fp32", "eps": "fp32"}
         del signature["cols"]
-        constexprs = {"cols": 768, "HARDWARE": True, **NORM_TILES}
+        constexprs = {"cols": 768, "SOFTWARE": False, **NORM_TILES}
         options = {**warps, "enable_fp_fusion": False}
         yield f"norm of {dtype}", rms_norm_fp8_quantize_kernel, signature, constexprs, options
     copies = dict.fromkeys(("up_ptr", "up_t_ptr", "down_ptr", "down_t_ptr"), "*u8:16")
@@ -392,6 +333,6 @@ def static_variants():
     signature |= {"progress_ptr": "*i32:16", "num_matrices": "i32", **amax, **copies, **factors}
     signature |= {"rows": "i32:16", "cols": "i32:16"}
     for headroom in (False, True):
-        constexprs = {"HEADROOM": headroom, "LOOKAHEAD": LOOKAHEAD, "HARDWARE": True, **TILES}
+        constexprs = {"HEADROOM": headroom, "LOOKAHEAD": LOOKAHEAD, "SOFTWARE": False, **TILES}
         name = "refresh with headroom" if headroom else "refresh"
         yield name, fp8_refresh_kernel, signature, constexprs, warps
