@@ -290,4 +290,4 @@ def test_check_says_whether_the_data_serve_a_recipe(tmp_path, capsys):
     assert speedrun_data("check", short, "--recipe", "tiny") == 1
     assert "short" in capsys.readouterr().err
     assert speedrun_data("check", folder, "--recipe", "unknown") == 1
-    assert "recipes: tiny" in capsys.readouterr().err
+    assert "no recipe 'unknown'; recipes: " in capsys.readouterr().err

@@ -15,6 +15,7 @@ import numpy as np
 
 from speedrun._numpy_loader import Shard
 from speedrun._text_documents import documents, encoded
+from speedrun._text_table import text_table
 from speedrun.data import DataError, read_format
 from speedrun.fetch import PUBLIC_SOURCE, FetchError, fetch_rank_file, fetch_shards
 from speedrun.shards import folder_lock, read_manifest, sha256_file, write_splits
@@ -226,11 +227,7 @@ def _check(args: argparse.Namespace) -> int:
         row, found_problems = _check_shard(path)
         rows.append(row)
         problems += found_problems
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        line = [name.ljust(widths[0])]
-        line += [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join(line))
+    print(text_table(rows))
     for problem in dict.fromkeys(problems):
         print(f"problem: {problem}", file=sys.stderr)
     return 1 if problems else 0
