@@ -130,7 +130,8 @@ def start_run(args: argparse.Namespace, config: Config) -> Run:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     wanted = hardware.best_precision(device) if config.precision == "auto" else config.precision
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
-    return Run(Comms(rank, world_size), device, dtype, fp8=wanted == "recipe")
+    has_fp8 = not isinstance(config.model, BaselineConfig)
+    return Run(Comms(rank, world_size), device, dtype, fp8=has_fp8 and wanted == "recipe")
 
 
 def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: Run) -> RunLog:
