@@ -15,6 +15,7 @@ from speedrun.batch import LossWeights
 from speedrun.comms import Comms
 from speedrun.data import BYTES, StepBatch
 from speedrun.model import GPT
+from speedrun.optim import Optimizer
 from speedrun.reference.polar_express import COEFFICIENTS
 from speedrun.schedule import Schedule
 from speedrun.sources import to_micro_batches
@@ -247,12 +248,13 @@ def test_gradient_of_a_step(ranks, group):
     expected = torch.autograd.grad(loss / 8, list(model.parameters()))
     rows = [whole.inputs_PT, whole.targets_PT, np.tile([0, 5, 20], (8, 1))]
     rows = [np.asarray(t, np.int32) for t in (*rows, whole.bigram_rows_PT, whole.sign_rows_PT)]
+    optimizer = Optimizer(model.named_parameters(), config.optim, Comms())
     total = 0.0
     for rank in range(ranks):
         run = program.Run(Comms(rank, ranks), torch.device("cpu"), torch.float64)
         batch = StepBatch(*(t[rank::ranks] for t in rows), position=None)
         batches = to_micro_batches(batch, config, run.device)
-        total += program.forward_backward(model, batches, plan).item()
+        total += program.forward_backward(model, optimizer, batches, plan).item()
     assert total == pytest.approx(loss.item(), rel=1e-6)  # each rank's sum is float32
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **FLOAT64_NOISE)

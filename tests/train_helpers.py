@@ -54,7 +54,15 @@ def low_bits(array: np.ndarray) -> Tensor:
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def add_gradients(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    """As backward does: into `.grad`, in the parameter's own type."""
+    for name, gradient in gradients.items():
+        parameter = parameters[name]
+        gradient = gradient.view_as(parameter)
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 
 def small_config(**changes: Any) -> Config:

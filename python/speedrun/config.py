@@ -288,6 +288,8 @@ class AdamRow:
     beta2: float
     lr_mul: float = 1.0
     wd_mul: float = 0.0
+    # A table of whose rows a batch reads few. Only a model that names them may have it.
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,7 @@ class OptimConfig:
     weight_rounding: Literal["truncate", "nearest"] = "truncate"
     # How gradients travel; no number of the training depends on it, but for rounding.
     replicate_below: int = 2**16  # elements: smaller parameters are updated by every rank
-    sparse_rows_threshold: int = 2**17  # tables of so many rows: only touched rows; 0: never
+    sparse_rows_threshold: int = 2**17  # sparse tables of so many rows: read rows alone; 0: never
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,8 @@ def placements(
             kind = "columns" if name == HEAD else "rows"
         elif param.dim() < 2 or param.numel() < config.replicate_below:
             kind = "replicated"
-        elif world_size > 1:
-            num_rows = math.prod(param.shape[:-1])
-            sparse = 0 < config.sparse_rows_threshold <= num_rows
+        elif world_size > 1 and row.sparse:
+            sparse = 0 < config.sparse_rows_threshold <= math.prod(param.shape[:-1])
         found.append(Placement(name, param, row, kind, sparse))
     return sorted(found, key=lambda place: (place.kind != "replicated", rows.index(place.row)))
 
@@ -271,8 +270,7 @@ class Optimizer:
     def touched(self, name: str, rows: Tensor) -> None:
         """Rows of table `name` in which a micro-batch leaves a gradient; any shape, integers.
 
-        For tables that `optim.sparse_rows_threshold` has sent by rows; others need no call, but
-        may have it.
+        For tables whose row of the config is `sparse`; no harm done where all rows are sent.
         """
         if name in self.sparse:
             self.sparse[name].append(rows.flatten())

@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
             if plan.last:
                 break
             batches = to_micro_batches(loader.next_step(), config, run.device)
-            loss = forward_backward(model, batches, plan, prefix_table)
+            loss = forward_backward(model, optimizer, batches, plan, prefix_table)
             optimizer.step(plan)
             losses.push(loss, plan, clock.now_s(), run.comms)
             losses.log_ready(log)
@@ -200,7 +200,7 @@ def warm_up(
         plan = schedule.plan(start)
         for step in range(config.schedule.adam_interval):
             due = step == config.schedule.adam_interval - 1
-            forward_backward(model, batches, plan)
+            forward_backward(model, optimizer, batches, plan)
             optimizer.step(dataclasses.replace(plan, step=step, adam=due))
         evaluate(model, batches, plan.windows, run.comms)
     optimizer.restore(snapshot)
@@ -228,6 +228,7 @@ def load_prefix_table(tokenizer: Tokenizer | None, config: Config, run: Run) -> 
 
 def forward_backward(
     model: GPT,
+    optimizer: Optimizer,
     micro_batches: list[MicroBatch],
     plan: StepPlan,
     prefix_table: Tensor | None = None,
@@ -235,6 +236,7 @@ def forward_backward(
     """Gradients of the step's summed loss / 8 added to `.grad`; returns this rank's summed loss.
 
     Whatever the number of ranks, the sum over them is the gradient of all positions / 8.
+    The optimizer learns which rows of the bigram table have one.
     """
     model.refresh_fp8(plan.fp8_down_own_amax)
     prefix_weight = 0.0 if prefix_table is None else plan.prefix_weight
@@ -244,6 +246,8 @@ def forward_backward(
         windows = model.plan_windows(batch, plan.windows)
         loss = model.training_loss(batch, windows, weights)
         (loss / NUM_PARTS).backward()
+        if batch.bigram_rows_PT is not None:
+            optimizer.touched("bigram_embed", model.table_rows(batch)[0])
         total += loss.detach()
     return total
 

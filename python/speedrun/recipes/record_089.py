@@ -61,7 +61,7 @@ def config() -> Config:
                 AdamRow("lm_head", 0.5, 0.95, wd_mul=150.0),
                 AdamRow("embed", 0.5, 0.95, wd_mul=150.0),
                 AdamRow("value_embeds", 0.75, 0.95, lr_mul=75.0, wd_mul=5.0),
-                AdamRow("bigram_embed", 0.75, 0.95, lr_mul=75.0, wd_mul=5.0),
+                AdamRow("bigram_embed", 0.75, 0.95, lr_mul=75.0, wd_mul=5.0, sparse=True),
                 AdamRow("lambda_*", 0.9, 0.99, lr_mul=5.0),
                 AdamRow("w_smear", 0.9, 0.99, lr_mul=0.01),
                 AdamRow("ve_gate", 0.9, 0.99, wd_mul=1.0),

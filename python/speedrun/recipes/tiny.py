@@ -44,7 +44,7 @@ def config() -> Config:
             adam_table=(
                 AdamRow("lm_head", 0.5, 0.95, wd_mul=150.0),
                 AdamRow("embed", 0.5, 0.95, wd_mul=150.0),
-                AdamRow("bigram_embed", 0.75, 0.95, lr_mul=8.0, wd_mul=5.0),
+                AdamRow("bigram_embed", 0.75, 0.95, lr_mul=8.0, wd_mul=5.0, sparse=True),
             ),
             normuon=NorMuonConfig(lr=0.03),
         ),
