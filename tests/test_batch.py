@@ -13,8 +13,8 @@ def signed32(x):
 
 
 def hash_row(tokens, t, R):
-    """RECIPE section 2, in Python's integers: position 0 of a sequence gets R−1, and position 1 uses
-    R−1 in the place of the first token; products wrap to 32 bits, the remainder is not negative."""
+    """RECIPE section 2, in Python's integers: position 0 of a sequence gets R−1, and position 1
+    uses R−1 in the place of the first token; products wrap, the remainder is not negative."""
     if t == 0:
         return R - 1
     before = R - 1 if t == 1 else tokens[t - 1]
