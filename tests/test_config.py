@@ -6,7 +6,7 @@ import json
 import pytest
 
 from speedrun import recipes
-from speedrun.config import ConfigError, LayerSpec, MLPConfig, to_dict
+from speedrun.config import ConfigError, LayerSpec, MLPConfig, MuonConfig, MuonRow, to_dict
 from speedrun.config_check import check
 from speedrun.overrides import apply_overrides
 from speedrun.schedule import Schedule, scaled
@@ -55,6 +55,11 @@ def read(config, path):
         ("schedule.stage_ends", "0.25,1.0", (0.25, 1.0)),
         ("optim.adam_table.embed.lr_mul", "2", 2.0),
         ("optim.muon_table.mlp_bank.lr_muls", "1,2", (1.0, 2.0)),
+        ("optim.matrix_rule", "muon", "muon"),
+        ("optim.vector_rule", "adamw", "adamw"),
+        ("optim.muon.ns_coefficients", "3,-4,2", (3.0, -4.0, 2.0)),
+        ("optim.exact_weights", "false", False),
+        ("optim.weight_rounding", "nearest", "nearest"),
         ("schedule.stages.0.tokens_per_step", "2048", 2048),
         ("schedule.stages.1.window_long", "40", 40),
         ("schedule.extension.lr_factor", "0.2", 0.2),
@@ -100,6 +105,11 @@ def test_later_overrides_win_and_others_stay():
         ("data.val_tokens=all", "expected none or a whole number"),
         ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
         ("model.mlp.up=fp16", "expected one of bf16, fp8"),
+        ("optim.matrix_rule=adam", "expected one of normuon, muon, adamw"),
+        ("optim.vector_rule=muon", "expected one of adam, adamw"),
+        ("optim.weight_rounding=up", "expected one of truncate, nearest"),
+        ("optim.muon.ns_precision=fp16", "expected one of bf16, weight"),
+        ("optim.cautious_decay=maybe", "expected true or false"),
         ("model.mlp.x_scale=delayed", "expected one of current, static"),
         ("model=small", "can't be set as a whole; set the values inside it"),
         ("model.mlp=bf16", "can't be set as a whole; set the values inside it"),
@@ -172,6 +182,21 @@ IMPOSSIBLE = [
     ("optim.normuon.lr=nan", "optim.normuon.lr=nan: must be greater than 0"),
     ("optim.adam.lr=-1", "optim.adam.lr=-1.0: must be greater than 0"),
     ("optim.normuon.beta2=1", "optim.normuon.beta2=1.0: must be in [0, 1)"),
+    ("optim.muon.lr=0", "optim.muon.lr=0.0: must be greater than 0"),
+    ("optim.muon.wd=-1", "optim.muon.wd=-1.0: must be in 0..1e+15"),
+    ("optim.muon.ns_steps=0", "optim.muon.ns_steps=0: must be greater than 0"),
+    (
+        "optim.muon.ns_coefficients=-2,-1,1",
+        "optim.muon.ns_coefficients.0=-2.0: must be in 0..1e+15",
+    ),
+    ("optim.adam.eps=0", "optim.adam.eps=0.0: must be greater than 0"),
+    ("optim.adamw.lr=0", "optim.adamw.lr=0.0: must be greater than 0"),
+    ("optim.adamw.eps=0", "optim.adamw.eps=0.0: must be greater than 0"),
+    ("optim.adamw.wd=-1", "optim.adamw.wd=-1.0: must be in 0..1e+15"),
+    ("optim.adamw.matrix_lr=0", "optim.adamw.matrix_lr=0.0: must be greater than 0"),
+    ("optim.adamw.matrix_betas=0.9,1", "optim.adamw.matrix_betas=(0.9, 1.0): betas are in [0, 1)"),
+    ("optim.replicate_below=-1", "optim.replicate_below=-1: must be in 0..1e+15"),
+    ("optim.sparse_rows_threshold=-1", "optim.sparse_rows_threshold=-1: must be in 0..1e+15"),
     ("schedule.adam_interval=0", "schedule.adam_interval=0: must be greater than 0"),
     ("optim.adam_table.embed.beta2=1", "optim.adam_table.embed=(0.9, 1.0): betas are in [0, 1)"),
     ("data.val_tokens=0", "data.val_tokens=0: must be greater than 0, or None for all"),
@@ -200,6 +225,31 @@ def test_impossible_gemms():
         "model.mlp.post=float32: must be bf16 or fp8",
         "model.mlp.x_scale=fp8: must be current or static",
     ]
+
+
+def test_impossible_update_rules():
+    """The same for the optimizer's, and a table that can't be tied as the schedule has it."""
+    base = small_config()
+    optim = dataclasses.replace(
+        base.optim,
+        muon_table=(MuonRow("*_bank"), MuonRow("emb*")),
+        matrix_rule="adam",
+        vector_rule="muon",
+        weight_rounding="up",
+        muon=MuonConfig(ns_precision="fp8"),
+    )
+    schedule = dataclasses.replace(base.schedule, untie_frac=0.5)
+    with pytest.raises(ConfigError) as error:
+        check(small_config(optim=optim, schedule=schedule))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "optim.matrix_rule=adam: must be normuon or muon or adamw",
+        "optim.vector_rule=muon: must be adam or adamw",
+        "optim.weight_rounding=up: must be truncate or nearest",
+        "optim.muon.ns_precision=fp8: must be bf16 or weight",
+        "optim.muon_table.emb*=embed: can't be tied there; move it to optim.adam_table, or set "
+        "schedule.untie_frac=0",
+    ]
+    check(small_config(schedule=schedule))
 
 
 def test_all_problems_at_once():
