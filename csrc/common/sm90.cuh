@@ -25,6 +25,28 @@
 
 namespace speedrun::sm90 {
 
+// TMA's reduce-add, issued by one thread. The epilogue lets all 32 threads of a warp issue what it
+// stores: ptxas makes one instruction of 32 stores, but repeats an add 32 times. It is always the
+// same thread of the warp, so the warp's commits and waits count its adds.
+struct AddOnce {};
+
+}  // namespace speedrun::sm90
+
+template <class Bits, class AuxParams>
+struct cute::Copy_Traits<speedrun::sm90::AddOnce, Bits, AuxParams>
+    : cute::Copy_Traits<cute::SM90_TMA_REDUCE_ADD, Bits, AuxParams> {
+  using Add = cute::Copy_Traits<cute::SM90_TMA_REDUCE_ADD, Bits, AuxParams>;
+
+  template <class Source, class SourceLayout, class Target, class TargetLayout>
+  CUTE_HOST_DEVICE friend constexpr void copy_unpack(
+      const Copy_Traits& traits, const cute::Tensor<Source, SourceLayout>& source,
+      cute::Tensor<Target, TargetLayout>& target) {
+    if (cute::elect_one_sync()) copy_unpack(static_cast<const Add&>(traits), source, target);
+  }
+};
+
+namespace speedrun::sm90 {
+
 namespace collective = cutlass::epilogue::collective;
 namespace fusion = cutlass::epilogue::fusion;
 using cute::_0;
@@ -198,9 +220,9 @@ template <class Policy, class Tile, class Subtile, class C, class StrideC, class
 struct Adding<
     collective::CollectiveEpilogue<Policy, Tile, Subtile, C, StrideC, D, StrideD, Fusion, Load,
                                    LayoutC, LoadC, Store, LayoutD, StoreD, Atom, Move>> {
-  using type = collective::CollectiveEpilogue<Policy, Tile, Subtile, C, StrideC, D, StrideD, Fusion,
-                                              Load, LayoutC, LoadC, cute::SM90_TMA_REDUCE_ADD,
-                                              LayoutD, StoreD, Atom, Move>;
+  using type =
+      collective::CollectiveEpilogue<Policy, Tile, Subtile, C, StrideC, D, StrideD, Fusion, Load,
+                                     LayoutC, LoadC, AddOnce, LayoutD, StoreD, Atom, Move>;
 };
 
 // kFast: FP8 only, sums left in the tensor cores. kAdd: D += instead of D =, and D has no batch
