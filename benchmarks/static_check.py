@@ -7,8 +7,9 @@ the Triton kernels; prints a row for each (columns: benchmarks/README.md). Witho
 stems whose files differ from the last commit on main (branch origin/main, or main); files not
 committed count as well. On main itself, or where git can't tell: all.
 
-Exit code 1: a kernel spills, ptxas made wgmma serial or ignored setmaxnreg, or an instruction of
-REQUIRED is missing. cuobjdump: from PATH, the toolkit, or the triton wheel.
+Exit code 1: a kernel spills, ptxas made wgmma serial or ignored setmaxnreg, a TMA instruction is
+repeated for each thread of a warp, or one of REQUIRED is missing. cuobjdump: from PATH, the
+toolkit, or the triton wheel.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ COUNTED = {
     "sts128": r"STS\.\S*128",
     "sts": r"STS(?!\S*128|M)",
     "LDL/STL": r"(LDL|STL)\b",
+    # The loop in which ptxas lets each thread of a warp issue an instruction that a warp issues.
+    "by thread": r"BRA\.U\.ANY\b",
 }
-SHOWN = [kind for kind in COUNTED if not kind.startswith(("lds", "sts"))]
+SHOWN = [kind for kind in COUNTED if not kind.startswith(("lds", "sts", "by thread"))]
 
 # (stem, language, kernels by name, what each must have one of): without, it is on a slower path.
 REQUIRED = (
@@ -95,6 +98,8 @@ class Kernel:
         found = [f"{code}: {RUIN[code]}" for code in self.ruin]
         if self.spill_bytes or self.counts["LDL/STL"]:
             found.append(f"spills {self.spill_bytes} bytes, {self.counts['LDL/STL']} LDL/STL")
+        if self.counts["by thread"]:
+            found.append("TMA instructions that each thread of a warp issues: let one do it")
         for stem, language, pattern, kinds in REQUIRED:
             if (stem, language) == (self.stem, self.language) and re.search(pattern, self.name):
                 missing = [k for k in kinds if not any(self.counts[one] for one in k.split())]

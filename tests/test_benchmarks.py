@@ -216,6 +216,32 @@ def test_missing_instructions_are_found():
     assert kernel.problems() == ["spills 0 bytes, 3 LDL/STL"]
 
 
+# As cuobjdump prints what ptxas makes of a TMA add that a whole warp issues: 32 of them.
+REPEATED = """
+Fatbin elf code:
+arch = sm_90a
+\tcode for sm_90a
+\t\tFunction : add
+        /*3a30*/               @P0 ELECT P3, URZ, PT ;                  /* 0x00000000003f082f */
+        /*3a40*/                   UTMAREDG.2D.ADD [UR12], [UR6] ;      /* 0x0000000c060073b6 */
+        /*3a50*/               @P3 PLOP3.LUT P0, PT, P3, PT, PT, 0x8, 0x0 ; /* 0x00000000000081c */
+        /*3a70*/               @P0 BRA.U.ANY 0x3a30 ;                   /* 0xfffffffd00ec0947 */
+"""
+USAGE = " Function add:\n  REG:168 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:1024"
+
+
+def test_tma_of_every_thread_is_found(tmp_path):
+    cuobjdump = tmp_path / "cuobjdump"
+    texts = f"case $1 in -sass) cat <<'EOF'\n{REPEATED}\nEOF\n;; *) echo '{USAGE}' ;; esac\n"
+    cuobjdump.write_text("#!/bin/sh\n" + texts)
+    cuobjdump.chmod(0o755)
+    (kernel,) = static_check.read_kernels(tmp_path, str(cuobjdump), "sm_90a").values()
+    assert kernel.counts["UTMAREDG"] == kernel.counts["by thread"] == 1
+    assert kernel.problems() == [
+        "TMA instructions that each thread of a warp issues: let one do it"
+    ]
+
+
 def test_names_of_gemms_are_taken_apart():
     kernel = static_check.Kernel("fp8_matmul", "cuda", "sm_90a", "mangled")
     static_check.describe(
