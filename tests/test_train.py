@@ -1,5 +1,6 @@
 """Training end to end, through the command line: what it writes, repeats, refuses and survives."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from speedrun import recipes
 from speedrun import train as program
 from speedrun.batch import LossWeights
 from speedrun.comms import Comms
+from speedrun.config import AdamRow
 from speedrun.data import BYTES, StepBatch
 from speedrun.model import GPT
 from speedrun.optim import Optimizer
@@ -258,3 +260,23 @@ def test_gradient_of_a_step(ranks, group):
     assert total == pytest.approx(loss.item(), rel=1e-6)  # each rank's sum is float32
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **FLOAT64_NOISE)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_the_optimizer_learns_which_rows_have_a_gradient(isolate):
+    """Exactly these, those of a document's first two tokens too. Rank 0 of 2 sends only them."""
+    base = small_config()
+    model_config = dataclasses.replace(base.model, bigram_rows=500, isolate_documents=isolate)
+    row = AdamRow("bigram_embed", 0.9, 0.95, sparse=True)
+    table = tuple(r for r in base.optim.adam_table if r.name != row.name)
+    optim = dataclasses.replace(
+        base.optim, adam_table=(*table, row), replicate_below=0, sparse_rows_threshold=500
+    )
+    model = GPT(model_config)
+    model.init_weights(0)
+    optimizer = Optimizer(model.named_parameters(), optim, Comms(0, 2))
+    batches = [make_batch(model_config, 2, [0, 5, 6, 40], seed) for seed in range(2)]
+    program.forward_backward(model, optimizer, batches, Schedule(base.schedule).plan(0))
+    (touched,) = optimizer.sparse.values()
+    has_gradient = model.bigram_embed.grad.any(dim=1).nonzero().flatten()
+    assert torch.equal(torch.cat(touched).unique().long(), has_gradient)

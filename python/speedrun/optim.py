@@ -68,7 +68,7 @@ def placements(
     pair = _tied_pair(params)
     found = []
     for name, param in params.items():
-        row = rows[_only_row(name, rows)]
+        row = _only_row(name, rows)
         kind, sparse = "rows", False
         if isinstance(row, MuonRow):
             kind = "matrices"
@@ -87,14 +87,14 @@ def placements(
     return sorted(found, key=lambda place: (place.kind != "replicated", rows.index(place.row)))
 
 
-def _only_row(name: str, rows: Sequence[MuonRow | AdamRow]) -> int:
-    matches = [i for i, row in enumerate(rows) if fnmatchcase(name, row.name)]
+def _only_row(name: str, rows: Sequence[MuonRow | AdamRow]) -> MuonRow | AdamRow:
+    matches = [row for row in rows if fnmatchcase(name, row.name)]
     if len(matches) == 1:
         return matches[0]
     tables = "optim.muon_table or optim.adam_table"
     if not matches:
         raise ConfigError(f"parameter {name!r} needs a row in {tables}")
-    names = ", ".join(repr(rows[i].name) for i in matches)
+    names = ", ".join(repr(row.name) for row in matches)
     raise ConfigError(f"parameter {name!r} matches {names} in {tables}: it may have one row only")
 
 
@@ -103,7 +103,7 @@ def _tied_pair(params: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
     head, embed = params.get(HEAD), params.get(EMBED)
     if head is None or embed is None or head.dtype not in ADD_DTYPES:
         return ()
-    return (HEAD, EMBED) if (head.shape, head.dtype) == (embed.mT.shape, embed.dtype) else ()
+    return (HEAD, EMBED) if (head.shape, head.dtype) == (embed.shape[::-1], embed.dtype) else ()
 
 
 class ReplicatedParams:
