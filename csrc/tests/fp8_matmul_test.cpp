@@ -83,9 +83,13 @@ void test_weight_gradients() {
         CHECK(splits == 4);
         CHECK(filled(id, m, n, splits) > 0.96);
       }
-      // The head has enough tiles (1572) for all SMs as it is.
-      CHECK(choose_fp8_splits(kernel, kDim, kVocab, tokens, kSms) == 1);
-      CHECK(filled(id, kDim, kVocab) > 0.99);
+      // The head has enough tiles (1572 or 1576) for all SMs as it is.
+      for (const auto& [m, n] : {std::pair{kDim, kVocab}, std::pair{kVocab, kDim}}) {
+        CHECK(choose_fp8_kernel(Fp8Epilogue::kAdd, kernel.a, kernel.b, kFloat32, false, m, n, 1,
+                                kSms) == id);
+        CHECK(choose_fp8_splits(kernel, m, n, tokens, kSms) == 1);
+        CHECK(filled(id, m, n) > 0.99);
+      }
     }
   }
   const Fp8Kernel& kernel = fp8_kernel(kAddE5m2);

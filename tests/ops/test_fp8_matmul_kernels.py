@@ -78,6 +78,39 @@ def test_what_the_cuda_kernels_serve(monkeypatch):
     assert kernel_for(drelu2, wide, b, *s, post.to(E4M3), post_scale=one) == ""
 
 
+@pytest.mark.parametrize("num_tokens", [16384, 32768, 49152])
+def test_every_product_of_the_record_has_a_cuda_kernel(monkeypatch, num_tokens):
+    """Those of the head (logits, dX, dW) and of the MLP, all in FP8, at the record's sizes."""
+    served = []
+
+    def choose(op, device, cuda_kernel="", triton=False):
+        served.append(cuda_kernel)
+        return "torch"
+
+    def empty(*shape, dtype=BF16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def t(x):
+        return x.mT.contiguous()
+
+    monkeypatch.setattr(front_door, "choose", choose)
+    x, w = (empty(*shape).requires_grad_() for shape in ((num_tokens, 768), (768, 50304)))
+    targets, weights = empty(num_tokens, 3, dtype=torch.int64), empty(3, dtype=FP32)
+    loss = ops.head_loss(x, w, targets, weights, 23.0, 5.0, 7.5, fp8=ops.quantize_head(w))
+    loss.sum().backward()
+    assert served == ["fp8_matmul_out"] * 3 and w.grad.shape == w.shape
+    served.clear()
+
+    up, down = (empty(3072, 768).requires_grad_() for _ in range(2))
+    up_f8, down_f8 = (empty(3072, 768, dtype=E4M3) for _ in range(2))
+    one = empty(dtype=FP32)
+    gemms = ops.Gemms(*["fp8"] * 7)
+    layer = ops.Fp8Layer(gemms, up_f8, t(up_f8), one, down_f8, t(down_f8), one, one)
+    ops.relu2_mlp(x, up, down, layer).sum().backward()
+    forward = ["fp8_matmul_relu2_out", "fp8_matmul_out"]
+    assert served == [*forward, "fp8_matmul_drelu2_out", *["fp8_matmul_out"] * 3]
+
+
 def test_the_table_of_cuda_kernels_is_the_one_that_is_compiled():
     source = (ROOT / "csrc" / "kernels" / "fp8_matmul_tiles.h").read_text()
     types = {"Float8E4M3": E4M3, "Float8E5M2": E5M2, "BFloat16": BF16, "Float32": FP32}
