@@ -180,7 +180,7 @@ def gemm_work(gemm: Gemm, num_tokens: int, precision: Precision) -> Work:
 
 def mean_keys(length: int, window: int) -> float:
     """Keys that a query sees on average in a document of `length`: t−w … t, so at most w + 1."""
-    reach = min(window, length - 1)
+    reach = min(window, length)
     return (reach * (reach + 1) / 2 + (length - reach) * (reach + 1)) / length
 
 

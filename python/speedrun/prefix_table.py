@@ -48,8 +48,8 @@ def prefix_tokenizer(
     Bytes have no prefixes, so their loss has no such term whatever the schedule says. DataError
     where the tokenizer is needed and isn't there; to be called before the clock starts.
     """
-    uses_prefixes = any(plan.prefix_weight for plan in Schedule(config))
-    if not uses_prefixes or data_format.tokenizer == BYTES.tokenizer:
+    weights = [weight for stage in Schedule(config).stages for weight in stage.prefix_weight]
+    if not (config.prefix_loss and any(weights)) or data_format.tokenizer == BYTES.tokenizer:
         return None
     try:
         return load_tokenizer(data_format.tokenizer, folder=folder)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
-from speedrun.config import Config, ConfigError, HeadConfig, MLPConfig, ModelConfig
+from speedrun.config import Config, ConfigError, HeadConfig, MLPConfig, ModelConfig, ScheduleConfig
 from speedrun.config_check import check
 from speedrun.overrides import apply_overrides
-from speedrun.schedule import Schedule
+from speedrun.schedule import Schedule, StepPlan
 
 _MLP_TYPES = tuple(f.name for f in dataclasses.fields(MLPConfig) if f.name != "x_scale")
 
@@ -105,6 +106,8 @@ def in_use(config: Config, *, precision: str, tokenizer: str) -> dict[str, Confi
     computed = _computed(config, precision, tokenizer)
     found = {}
     for name, overrides in TECHNIQUES.items():
+        if name == "gate_networks" and config.model.gates == "none":
+            continue  # constants would be something new
         without = apply_overrides(config, list(overrides))
         if _computed(without, precision, tokenizer) != computed:
             try:
@@ -132,7 +135,13 @@ def _computed(config: Config, precision: str, tokenizer: str) -> tuple[Any, ...]
         optim = dataclasses.replace(optim, variance_rescale=False)
         if optim.vector_rule != "adam":
             optim = dataclasses.replace(optim, cautious_decay=False)
-    plans = tuple(Schedule(config.schedule))
+    schedule = config.schedule
     if tokenizer == "bytes":
-        plans = tuple(dataclasses.replace(plan, prefix_weight=0.0) for plan in plans)
-    return model, optim, plans
+        schedule = dataclasses.replace(schedule, prefix_loss=False)
+    return model, optim, _plans(schedule)
+
+
+@functools.cache
+def _plans(config: ScheduleConfig) -> tuple[StepPlan, ...]:
+    """Once for the many configs that differ in other things."""
+    return tuple(Schedule(config))

@@ -23,6 +23,9 @@ from speedrun import hardware, train
 from speedrun._text_table import text_table
 from speedrun.config import Config, ConfigError, to_dict
 from speedrun.data import DataError
+from speedrun.estimate import Precision, meta_model
+from speedrun.optim import placements
+from speedrun.prefix_table import prefix_tokenizer
 from speedrun.runlog import RunError, environment
 from speedrun.schedule import Schedule
 from speedrun.sources import DataSource, model_for, open_data, preflight
@@ -38,6 +41,7 @@ class Run:
 
     technique: str
     seed: int
+    device: str
     config: Config
     folder: Path  # only of a finished run; until then the next one
     argv: tuple[str, ...]
@@ -92,19 +96,21 @@ def _ablate(args: argparse.Namespace) -> int:
     data = open_data(args.data, args.text, config)
     config = dataclasses.replace(config, model=model_for(config, data.format))
     preflight(config, data, Schedule(config.schedule))
+    prefix_tokenizer(config.schedule, data.format, data.folder)
     arms = {ALL_ON: config} | _chosen(args, config, data)
+    for name, arm in arms.items():
+        _check_optimizer(name, arm)
     out = Path(args.out or Path("runs", f"ablation_{args.recipe}"))
     runs = [  # each seed for all arms, so that a run that is stopped has something to compare
         _planned(args, name, arm, seed, out)
         for seed in range(args.seed, args.seed + args.seeds)
         for name, arm in arms.items()
     ]
-    finished = {r: result for r in runs if (result := read_result(r, data)) is not None}
-    waiting = [r for r in runs if r not in finished]
+    waiting = [r for r in runs if read_result(r, data) is None]
     slots = _slots(args)
     print(
-        f"recipe {args.recipe}: {len(arms) - 1} techniques, {len(runs)} runs, {len(finished)} of "
-        f"them finished before; {min(len(slots), len(waiting))} at once; in {out}",
+        f"recipe {args.recipe}: {len(arms) - 1} techniques, {len(runs)} runs, "
+        f"{len(runs) - len(waiting)} of them finished before; {len(slots)} at once; in {out}",
         flush=True,
     )
     failed = run_all(waiting, slots)
@@ -148,9 +154,19 @@ def _chosen(args: argparse.Namespace, config: Config, data: DataSource) -> dict[
     return {name: found[name] for name in names}
 
 
+def _check_optimizer(technique: str, config: Config) -> None:
+    """ConfigError if the optimizer's tables don't fit the arm's parameters."""
+    model = meta_model(config.model, Precision.of(config))
+    try:
+        placements(model.named_parameters(), config.optim, world_size=1)
+    except ConfigError as error:
+        what = "" if technique == ALL_ON else f"without technique {technique!r}: "
+        raise ConfigError(f"{what}{error}") from None
+
+
 def _planned(args: argparse.Namespace, technique: str, config: Config, seed: int, out: Path) -> Run:
     folder = out / technique / f"seed_{seed}"
-    planned = Run(technique, seed, config, folder, ())
+    planned = Run(technique, seed, args.device, config, folder, ())
     own = {"set": [*args.set, *TECHNIQUES.get(technique, ())], "seed": seed}
     words = argparse.Namespace(**{**vars(args), **own, "out": planned.unfinished})
     return dataclasses.replace(planned, argv=tuple(train.to_argv(words)))
@@ -169,9 +185,11 @@ def read_result(planned: Run, data: DataSource) -> Result | None:
         "train_data": [str(path) for path in data.train],
     }
     different = [key for key, value in wanted.items() if header[key] != value]
+    if header["device"].startswith("CPU") != (planned.device == "cpu"):
+        different.append("device")
     if different:
         raise RunError(
-            f"{planned.folder}: holds a run with another {' and '.join(different)}; choose "
+            f"{planned.folder}: holds a run with another {', '.join(different)}; choose "
             "another folder by --out, or delete it"
         )
     last = [event for event in events if event["event"] == "validation"][-1]
