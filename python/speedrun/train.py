@@ -278,7 +278,8 @@ def finish(config: Config, data: DataSource, log: RunLog) -> None:
 
 NEXT_STEPS = """next:
   your own text     speedrun train --recipe {recipe} --text FILE
-  a larger model    speedrun train --recipe {recipe} --set model.layers=short*3,long
+  what it computes  speedrun explain --recipe {recipe}
+  worth of a part   speedrun ablate --recipe {recipe}
   two processes     torchrun --standalone --nproc_per_node=2 -m speedrun.train --recipe {recipe}
   every number      {folder}/metrics.jsonl, config.json"""
 
