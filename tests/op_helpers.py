@@ -1,11 +1,25 @@
 """What tests of several operators do in the same way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
+from speedrun.ops._dispatch import Unavailable
 from train_helpers import FLOAT64_NOISE
+
+
+@contextmanager
+def skips_without_cuda_kernel() -> Iterator[None]:
+    """Skips the test at a call that backend `cuda`, if forced, has no compiled kernel for."""
+    try:
+        yield
+    except Unavailable as reason:
+        if "no CUDA kernel" not in str(reason):
+            raise
+        pytest.skip(str(reason))
 
 
 def run_with_gradients(function: Callable, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:

@@ -14,6 +14,7 @@ from numerics import (
     assert_same_bits,
     bits,
 )
+from op_helpers import skips_without_cuda_kernel
 from speedrun import ops
 from speedrun.ops import _dispatch
 from speedrun.reference import fp8_matmul as reference
@@ -54,13 +55,8 @@ def share(backend):
 
 
 def call(op, *args, **options):
-    """The operator's result; a call that no CUDA kernel is compiled for is skipped."""
-    try:
+    with skips_without_cuda_kernel():
         return op(*args, **options)
-    except _dispatch.Unavailable as reason:
-        if "no CUDA kernel" in str(reason):
-            pytest.skip(str(reason))
-        raise
 
 
 def scalar(value):
