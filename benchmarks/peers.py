@@ -121,20 +121,19 @@ def deep_gemm_fp8(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def quack_linear_relu2(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """quack: relu(x (T, D) times weight (F, D) transposed)² in one kernel, (T, F)."""
+def quack_relu2_mlp(h: Tensor, up: Tensor, down: Tensor) -> Callable[[], Tensor]:
+    """quack: relu(h (T, D) times up (F, D) transposed)² in one kernel, times down (F, D)."""
     module = package("quack.gemm_interface")
-    _need(x.is_cuda, "quack needs a GPU")
+    _need(h.is_cuda, "quack needs a GPU")
 
     def call() -> Tensor:
-        return module.gemm_act(x, weight.mT, activation="relu_sq", store_preact=False)[1]
+        return module.gemm_act(h, up.mT, activation="relu_sq", store_preact=False)[1] @ down
 
     return call
 
 
-def liger_linear_relu2(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """cuBLAS and Liger's relu² as two kernels; arguments as above."""
-    module = package("liger_kernel.transformers.functional")
-    _need(x.is_cuda, "Liger needs a GPU")
-    _need(hasattr(module, "liger_relu_squared"), "this liger_kernel has no liger_relu_squared")
-    return lambda: module.liger_relu_squared(x @ weight.t())
+def liger_relu2_mlp() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same, differentiable, of cuBLAS and Liger's relu²: a function of h, up and down."""
+    relu2 = package("liger_kernel.transformers.relu_squared").LigerReLUSquared()
+    _need(torch.cuda.is_available(), "Liger needs a GPU")
+    return lambda h, up, down: relu2(h @ up.mT) @ down

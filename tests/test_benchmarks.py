@@ -1,10 +1,12 @@
 """The benchmarks' arithmetic, checks and lines; what static_check reads; without a GPU."""
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the checkout, it is not installed
 
 from benchmarks import bench, peers, report, run, static_check  # noqa: E402
+from benchmarks.ops import bench_relu2_mlp  # noqa: E402
+from cases import RELU2_MLP_SMALL  # noqa: E402
 from speedrun.ops._dispatch import Unavailable  # noqa: E402
+from speedrun.reference import relu2_mlp as reference  # noqa: E402
+from speedrun.reference._fp8 import to_fp8  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -167,6 +173,42 @@ def test_peers_that_are_not_there_say_so(tmp_path):
             peers.inductor(torch.neg, torch.ones(2))
     finally:
         peers.configure()
+
+
+class RecordMlp(torch.autograd.Function):
+    """Stands in for modded-nanogpt's MLP: its arguments, in plain PyTorch; without FP8, bf16."""
+
+    @staticmethod
+    def forward(ctx, x, up, down, up_f8=None, scale=1, x_f8=None, down_f8=None, *scales):
+        product = x @ up.T if up_f8 is None else x_f8.float() @ up_f8.float().T * scale
+        post = product.bfloat16().relu().square()
+        ctx.save_for_backward(x, up, down, post)
+        if up_f8 is None:
+            return post @ down
+        down_scale, post_scale, partial_amax = scales
+        assert partial_amax.numel() == 132 and down_f8.stride(0) == 1  # as cuBLASLt wants it
+        post_f8 = to_fp8(post, post_scale, torch.float8_e4m3fn)
+        return (post_f8.float() @ down_f8.float() * (post_scale * down_scale)).bfloat16()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, up, down, post = ctx.saved_tensors
+        return *reference.relu2_mlp_backward(grad, x, up, down, post)[1:], *[None] * 7
+
+
+def test_modded_nanogpt_s_mlp_gets_what_ours_gets(monkeypatch):
+    """Its results are right by the law of the choice of GEMMs that it stands beside."""
+    monkeypatch.setattr(peers, "modded_nanogpt", lambda name: RecordMlp)
+    gpu = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    found = {}
+    for choice in bench_relu2_mlp.CHOICES:
+        benchmark = bench_relu2_mlp.make(RELU2_MLP_SMALL[0], choice, True, CPU)
+        only = {name: benchmark.peers[name] for name in ["modded-nanogpt"]}
+        _, (check,) = run.functions_of(dataclasses.replace(benchmark, peers=only), [], CPU)
+        found[choice] = check.verdict, check.error
+    assert found["record"] == found["bf16"] == ("pass", "")
+    assert found["fp8"] == ("skip", "its backward pass is in bf16")
 
 
 def test_unknown_gpus_have_no_peaks():

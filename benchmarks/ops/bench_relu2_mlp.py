@@ -1,7 +1,8 @@
 """The MLP with squared ReLU, forward and with gradients, against torch in bf16 and Inductor.
 
-Three choices of GEMMs: record_089's (forward in FP8), all six in FP8, none. The peers compute in
+Three choices of GEMMs: record_089's (forward in FP8), all six in FP8, none. These peers compute in
 bf16: FP8 and the fused kernels together are ahead of them by so much; `bf16` cases show the second.
+modded-nanogpt's MLP is beside its own two choices; quack and Liger, without FP8, in `bf16` cases.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from benchmarks.run import Benchmark, too_large_for_cpu
 from speedrun.ops.fp8_quantize import delayed_scale, refresh_mlp_weights
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
 from speedrun.reference import relu2_mlp as reference
+from speedrun.reference._fp8 import to_fp8
+from speedrun.reference.fp8_quantize import max_abs, scale_of
 from tests.cases import RELU2_MLP_FULL, RELU2_MLP_SMALL, MlpCase
 from tests.numerics import assert_within_budget, relu2_mlp_budget
 
@@ -84,6 +87,36 @@ def make(case: MlpCase, choice: str, backward: bool, device: torch.device) -> Be
         compiled = peers.inductor(reference.relu2_mlp, h, up, down).func
         return lambda: both(compiled)
 
+    def modded_nanogpt() -> Callable[[], tuple[Tensor, ...]]:
+        mlp = peers.modded_nanogpt("FusedLinearReLUSquareFunction").apply
+        if choice == "bf16":
+            return lambda: both(mlp)
+        if choice == "fp8":
+            raise peers.Missing("its backward pass is in bf16")
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        partial_amax = torch.zeros(num_sms, device=device)
+        quantize = torch.compile(current_e4m3, dynamic=False)
+
+        def forward(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            x_f8, x_scale = quantize(h.detach())
+            weights = layer.down_f8_DF.mT, layer.down_scale
+            x = layer.up_f8_FD, layer.up_scale * x_scale, x_f8
+            return mlp(h, up, down, *x, *weights, layer.post_scale, partial_amax)
+
+        return lambda: both(forward)
+
+    def quack() -> Callable[[], tuple[Tensor, ...]]:
+        if choice != "bf16" or backward:
+            raise peers.Missing("its product with relu² is in 16 bits and has no gradient")
+        call = peers.quack_relu2_mlp(h, up, down)
+        return lambda: (call(),)
+
+    def liger() -> Callable[[], tuple[Tensor, ...]]:
+        if choice != "bf16":
+            raise peers.Missing("it has no FP8")
+        mlp = peers.liger_relu2_mlp()
+        return lambda: both(mlp)
+
     kinds = list(gemms[:6] if backward else gemms[:2])
     flops = {kind: 2 * T * D * F * kinds.count(kind) for kind in ("bf16", "fp8")}
     post_bytes = T * F * (1 if gemms.post == "fp8" else 2)
@@ -97,5 +130,17 @@ def make(case: MlpCase, choice: str, backward: bool, device: torch.device) -> Be
         check=check,
         num_bytes=num_bytes,
         num_flops={kind: count for kind, count in flops.items() if count},
-        peers={"torch-bf16": torch_bf16, "inductor-bf16": inductor},
+        peers={
+            "torch-bf16": torch_bf16,
+            "inductor-bf16": inductor,
+            "modded-nanogpt": modded_nanogpt,
+            "quack": quack,
+            "liger": liger,
+        },
     )
+
+
+def current_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in e4m3 by its own amax, and the scale."""
+    scale = scale_of(max_abs(x))
+    return to_fp8(x, scale, torch.float8_e4m3fn), scale
