@@ -81,14 +81,16 @@ def test_gradient_is_the_formulas():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rounded_once(dtype):
-    """As accurate as the float32 expression with one rounding: in bf16 steps it would be worse."""
+def test_accuracy(dtype):
+    """As if only the result were rounded; in bf16 it is, and few elements lie near a tie."""
     y, v, alpha, gate = (normal(512, *t.shape[1:], seed=i) for i, t in enumerate(inputs()))
     tensors = [t.to(dtype) for t in (y, v, alpha, gate)]
     exact = definition(*(t.double() for t in tensors))
     found = attention_epilogue(*tensors)
     assert found.dtype == dtype
     assert_accurate(found, exact.to(dtype), exact)
+    if dtype == torch.bfloat16:
+        assert (found != exact.to(dtype)).double().mean() < 1e-3
 
 
 def test_extreme_values():
