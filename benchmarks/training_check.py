@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import write_json
 from speedrun import recipes, train
-from speedrun.config import NUM_PARTS, Config
+from speedrun.config import NUM_PARTS, Config, ModelConfig
 from speedrun.data import BYTES, GPT2
 from speedrun.runlog import Clock
 from speedrun.schedule import Schedule
@@ -35,14 +35,15 @@ STARTED = time.monotonic()
 
 
 def largest_recipe() -> str:
-    """By the tokens of its largest step times the width and depth of its model."""
-
-    def size(name: str) -> int:
+    """By the tokens of its largest step times the width and depth of its model; of the recipes with
+    the model that the operators are for."""
+    sizes = {}
+    for name in recipes.names():
         config = recipes.load(name)
-        tokens = max(stage.tokens_per_step for stage in config.schedule.stages)
-        return tokens * config.model.model_dim**2 * len(config.model.layers)
-
-    return max(recipes.names(), key=lambda name: (size(name), name))
+        if isinstance(config.model, ModelConfig):
+            tokens = max(stage.tokens_per_step for stage in config.schedule.stages)
+            sizes[name] = tokens * config.model.model_dim**2 * len(config.model.layers)
+    return min(sizes, key=lambda name: (-sizes[name], name))
 
 
 def write_made_up_shards(folder: Path, config: Config) -> None:
@@ -99,6 +100,8 @@ def main() -> int:
         if folder is None:
             folder = Path(scratch, "data")
             write_made_up_shards(folder, config)
+            if config.schedule.prefix_loss:  # made-up tokens are no texts
+                changes.insert(0, "schedule.prefix_loss=false")
         options = argparse.ArgumentParser()
         train.add_arguments(options)
         command = ["--recipe", args.recipe, "--steps", str(NUM_STEPS), "--data", str(folder)]

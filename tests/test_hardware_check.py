@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is run from the checkout, it is not installed
 
-from benchmarks import hardware_check  # noqa: E402
+from benchmarks import hardware_check, training_check  # noqa: E402
 from benchmarks.hardware_check import Step, run_step, run_steps  # noqa: E402
 
 
@@ -258,6 +258,10 @@ def test_a_record_of_another_gpu_is_refused(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(old))
     found = hardware_check.resumed(tmp_path / "old.json", a_record(commit="new"))
     assert (found["steps"], found["operators"], found["commit"]) == ({"s": 1}, {"op": 2}, "new")
+
+
+def test_the_recipe_to_train_has_the_operators_model():
+    assert training_check.largest_recipe() == "record_089"  # "optimization" has larger steps
 
 
 @pytest.mark.slow
