@@ -1,0 +1,324 @@
+// Launches every Hopper kernel at the record's shapes and at edges, without a GPU: the linker puts
+// the functions at the end of this file in the CUDA runtime's place (--wrap in CMakeLists.txt).
+// They refuse what a driver would, tensor maps and launches that no Hopper GPU takes, and the tests
+// look whether the maps are those of the matrices.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "kernels/fp8_matmul.h"
+#include "kernels/relu2_mlp.h"
+#include "tests/check.h"
+
+namespace speedrun {
+namespace {
+
+using Sizes = std::vector<uint64_t>;
+constexpr uint64_t kSms = 132, kMaxShared = 227 << 10;
+
+struct TensorMap {
+  Sizes sizes, strides;  // elements; bytes, without that of the innermost dimension, the first
+};
+std::map<const void*, TensorMap> maps;  // of the launch at hand, by address
+int launches = 0, zeroed = 0;
+std::map<const void*, size_t> shared_limits;  // by kernel
+
+uint32_t bytes_of(CUtensorMapDataType type) {
+  switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8:  // fp8
+      return 1;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT16:  // bf16 that is only loaded
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
+      return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT32:
+      return 4;
+    default:
+      CHECK(!"a type that no matrix here has");
+  }
+}
+
+uint32_t widest_row(CUtensorMapSwizzle swizzle) {
+  switch (swizzle) {
+    case CU_TENSOR_MAP_SWIZZLE_32B:
+      return 32;
+    case CU_TENSOR_MAP_SWIZZLE_64B:
+      return 64;
+    case CU_TENSOR_MAP_SWIZZLE_128B:
+      return 128;
+    default:
+      return 1024;
+  }
+}
+
+// With what the driver's documentation demands of cuTensorMapEncodeTiled.
+CUresult fake_encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                     const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                     const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  CHECK(interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && rank >= 1 && rank <= 5);
+  CHECK(address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0);
+  TensorMap& map = maps[address] = {};
+  for (uint32_t i = 0; i < rank; ++i) {
+    CHECK(sizes[i] >= 1 && sizes[i] <= uint64_t{1} << 32);
+    CHECK(box[i] >= 1 && box[i] <= 256 && steps[i] == 1);
+    map.sizes.push_back(sizes[i]);
+    if (i == 0) continue;
+    CHECK(strides[i - 1] % 16 == 0 && strides[i - 1] < uint64_t{1} << 40);
+    map.strides.push_back(strides[i - 1]);
+  }
+  const uint32_t row_bytes = box[0] * bytes_of(type);
+  CHECK(row_bytes % 16 == 0 && row_bytes <= widest_row(swizzle));
+  return CUDA_SUCCESS;
+}
+
+cudaError_t fake_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+  const uint64_t blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
+  CHECK(blocks >= 1 && blocks <= kSms);  // persistent
+  CHECK(config.blockDim.x == 384 && config.blockDim.y == 1 && config.blockDim.z == 1);
+  CHECK(config.dynamicSmemBytes <= kMaxShared);
+  CHECK(config.dynamicSmemBytes <= shared_limits[kernel]);
+  CHECK(config.numAttrs == 1 && config.attrs[0].id == cudaLaunchAttributeClusterDimension);
+  const auto& cluster = config.attrs[0].val.clusterDim;
+  CHECK(cluster.x * cluster.y * cluster.z <= 8);  // more would have to be allowed first
+  CHECK(config.gridDim.x % cluster.x == 0 && config.gridDim.y % cluster.y == 0);
+  CHECK(config.gridDim.z % cluster.z == 0);
+  ++launches;
+  return cudaSuccess;
+}
+
+// Memory that nobody reads; where each operand begins.
+char* at(int operand) { return reinterpret_cast<char*>((int64_t{operand} + 1) << 40); }
+float* number(int operand) { return reinterpret_cast<float*>(at(operand)); }
+
+void expect(const void* address, const Sizes& sizes, const Sizes& strides) {
+  CHECK(maps.count(address) == 1);
+  const TensorMap& map = maps[address];
+  // Dimensions of size 1 may be left out.
+  Sizes found = map.sizes;
+  while (found.size() > sizes.size() && found.back() == 1) found.pop_back();
+  CHECK(found == sizes);
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) CHECK(map.strides[i] == strides[i]);
+}
+
+void expect_launches(int count) {
+  CHECK(launches == count);
+  launches = zeroed = 0;
+  maps.clear();
+}
+
+constexpr DType kE4M3 = DType::kFloat8E4M3, kE5M2 = DType::kFloat8E5M2;
+constexpr DType kBF16 = DType::kBFloat16, kFP32 = DType::kFloat32;
+enum { kA, kB, kOut, kPost, kTransposed, kScale, kRowScale, kAmax };
+
+Fp8Operands operands(DType a, DType b, int64_t batch, int64_t m, int64_t n, int64_t k, bool fast) {
+  return {at(kA), at(kB), number(kScale), number(kScale), batch, m, n, k, m * k, k, n * k, k, a,
+          b,      fast};
+}
+
+void test_store(DType a, DType b, DType out, int64_t batch, int64_t m, int64_t n, int64_t k,
+                bool fast, bool rows) {
+  const bool fp8 = out == kE4M3;
+  const uint64_t bytes = fp8 ? 1 : 2, um = m, un = n, uk = k;
+  const Fp8MatmulParams params{operands(a, b, batch, m, n, k, fast),
+                               rows ? number(kRowScale) : nullptr,
+                               fp8 ? number(kScale) : nullptr,
+                               at(kOut),
+                               m * n,
+                               n,
+                               out,
+                               false};
+  CHECK(launch_fp8_matmul(params, nullptr) == cudaSuccess);
+  Sizes size_a{uk, um}, size_b{uk, un}, size_out{un, um};
+  if (batch > 1) {
+    for (Sizes* sizes : {&size_a, &size_b, &size_out}) sizes->push_back(batch);
+  }
+  expect(at(kA), size_a, {uk, um * uk});
+  expect(at(kB), size_b, {uk, un * uk});
+  expect(at(kOut), size_out, {un * bytes, um * un * bytes});
+  CHECK(maps.size() == 3);
+  expect_launches(1);
+}
+
+// `parts`: how many of K are added on their own.
+void test_add(DType a, DType b, int64_t m, int64_t n, int64_t k, bool add, uint64_t parts) {
+  const Fp8MatmulParams params{
+      operands(a, b, 1, m, n, k, false), nullptr, nullptr, at(kOut), m * n, n, kFP32, add};
+  CHECK(launch_fp8_matmul(params, nullptr) == cudaSuccess);
+  const uint64_t um = m, un = n, uk = k, part = uk / parts;
+  Sizes size_a{part, um}, size_b{part, un};
+  if (parts > 1) {
+    size_a.push_back(parts);
+    size_b.push_back(parts);
+  }
+  expect(at(kA), size_a, {uk, part});
+  expect(at(kB), size_b, {uk, part});
+  expect(at(kOut), {un, um}, {4 * un});  // no dimension of parts: all of them to one matrix
+  CHECK(maps[at(kOut)].sizes.size() == 2 && maps.size() == 3);
+  CHECK(zeroed == (add ? 0 : 1));
+  expect_launches(1);
+}
+
+void test_relu2(int64_t m, int64_t n, int64_t k, bool keep, bool transposed) {
+  const Fp8MatmulRelu2Params params{operands(kE4M3, kE4M3, 1, m, n, k, true),
+                                    number(kScale),
+                                    keep ? at(kPost) : nullptr,
+                                    at(kOut),
+                                    transposed ? at(kTransposed) : nullptr,
+                                    number(kAmax)};
+  CHECK(launch_fp8_matmul_relu2(params, nullptr) == cudaSuccess);
+  const uint64_t um = m, un = n;
+  expect(at(kOut), {un, um}, {un});
+  if (keep) expect(at(kPost), {un, um}, {2 * un});
+  if (transposed) expect(at(kTransposed), {um, un}, {um});
+  CHECK(maps.size() == 3u + keep + transposed);
+  expect_launches(1);
+}
+
+void test_drelu2(int64_t m, int64_t n, int64_t k, bool fp8, bool transposed) {
+  const Fp8MatmulDrelu2Params params{operands(kE5M2, kE4M3, 1, m, n, k, false),
+                                     at(kPost),
+                                     fp8 ? number(kScale) : nullptr,
+                                     fp8 ? number(kScale) : nullptr,
+                                     at(kOut),
+                                     transposed ? at(kTransposed) : nullptr,
+                                     fp8 ? number(kAmax) : nullptr};
+  CHECK(launch_fp8_matmul_drelu2(params, nullptr) == cudaSuccess);
+  const uint64_t um = m, un = n, bytes = fp8 ? 1 : 2;
+  expect(at(kOut), {un, um}, {un * bytes});
+  expect(at(kPost), {un, um}, {un * bytes});
+  if (transposed) expect(at(kTransposed), {um, un}, {um});
+  CHECK(maps.size() == 4u + transposed);
+  expect_launches(1);
+}
+
+void test_relu2_mlp(int64_t tokens, int64_t hidden, int64_t dim) {
+  const uint64_t t = tokens, f = hidden, d = dim;
+  CHECK(launch_relu2_up({at(kA), at(kB), at(kOut), tokens, dim, hidden, dim, dim, hidden},
+                        nullptr) == cudaSuccess);
+  expect(at(kA), {d, t}, {2 * d});
+  expect(at(kB), {d, f}, {2 * d});
+  expect(at(kOut), {f, t}, {2 * f});
+  expect_launches(1);
+  CHECK(launch_drelu2(
+            {at(kA), at(kB), at(kPost), at(kOut), tokens, dim, hidden, dim, dim, hidden, hidden},
+            nullptr) == cudaSuccess);
+  expect(at(kPost), {f, t}, {2 * f});
+  expect(at(kOut), {f, t}, {2 * f});
+  CHECK(maps.size() == 4);
+  expect_launches(1);
+}
+
+void test_record_shapes() {
+  constexpr int64_t kDim = 768, kHidden = 3072, kVocab = 50304;
+  for (const int64_t tokens : {16384, 32768, 49152}) {
+    // The head: logits, gradients of its input and of its weights.
+    test_store(kE4M3, kE4M3, kBF16, 1, tokens, kVocab, kDim, true, false);
+    test_store(kE5M2, kE4M3, kBF16, 1, tokens, kDim, kVocab, false, true);
+    test_add(kE4M3, kE5M2, kDim, kVocab, tokens, false, 1);
+    test_add(kE5M2, kE4M3, kVocab, kDim, tokens, true, 1);
+    // The MLP, all of it in FP8.
+    for (const bool transposed : {false, true}) {
+      test_relu2(tokens, kHidden, kDim, true, transposed);
+      test_drelu2(tokens, kHidden, kDim, true, transposed);
+    }
+    test_drelu2(tokens, kHidden, kDim, false, false);
+    test_store(kE4M3, kE4M3, kBF16, 1, tokens, kDim, kHidden, true, false);
+    test_store(kE5M2, kE4M3, kBF16, 1, tokens, kDim, kHidden, false, false);
+    test_add(kE5M2, kE4M3, kHidden, kDim, tokens, false, 4);
+    test_add(kE4M3, kE5M2, kHidden, kDim, tokens, true, 4);
+    test_relu2_mlp(tokens, kHidden, kDim);
+  }
+}
+
+void test_edges() {
+  for (const bool fast : {false, true}) {
+    test_store(kE4M3, kE4M3, kBF16, 1, 1, 16, 16, fast, true);
+    test_store(kE5M2, kE4M3, kBF16, 3, 200, 208, 144, fast, false);
+    test_store(kE4M3, kE4M3, kE4M3, 2, 200, 208, 784, fast, true);
+  }
+  test_add(kE4M3, kE5M2, 208, 224, 4112, false, 1);  // not in whole steps of K
+  test_relu2(1, 16, 16, false, false);
+  test_relu2(16, 16, 16, false, true);
+  test_drelu2(272, 400, 784, true, true);
+  test_relu2_mlp(1, 8, 8);
+}
+
+void test_refusals() {
+  Fp8MatmulParams params{operands(kE4M3, kE4M3, 1, 64, 64, 64, true),
+                         nullptr,
+                         nullptr,
+                         at(kOut),
+                         64 * 64,
+                         64,
+                         kBF16,
+                         false};
+  CHECK(launch_fp8_matmul(params, nullptr) == cudaSuccess);
+  expect_launches(1);
+  for (const auto& spoil : std::vector<void (*)(Fp8MatmulParams&)>{
+           [](Fp8MatmulParams& p) { p.in.a = at(kA) + 8; },
+           [](Fp8MatmulParams& p) { p.in.a_row_stride = 72; },
+           [](Fp8MatmulParams& p) { p.out = at(kOut) + 2; },
+           [](Fp8MatmulParams& p) { p.out_row_stride = 68; },
+           [](Fp8MatmulParams& p) { p.in.m = int64_t{1} << 31; },
+           [](Fp8MatmulParams& p) { p.in.k = 0; }, [](Fp8MatmulParams& p) { p.in.a_dtype = kBF16; },
+           [](Fp8MatmulParams& p) { p.out_scale = number(kScale); },
+           [](Fp8MatmulParams& p) { p.accumulate = true; }}) {
+    Fp8MatmulParams bad = params;
+    spoil(bad);
+    CHECK(launch_fp8_matmul(bad, nullptr) == cudaErrorInvalidValue);
+  }
+  params.in.m = 0;
+  CHECK(launch_fp8_matmul(params, nullptr) == cudaSuccess);
+  expect_launches(0);
+}
+
+}  // namespace
+}  // namespace speedrun
+
+extern "C" {
+cudaError_t __wrap_cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  CHECK(attribute == cudaDevAttrMultiProcessorCount);
+  *value = static_cast<int>(speedrun::kSms);
+  return cudaSuccess;
+}
+cudaError_t __wrap_cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                        int value) {
+  CHECK(attribute == cudaFuncAttributeMaxDynamicSharedMemorySize);
+  speedrun::shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+cudaError_t __wrap_cudaMemset2DAsync(void* target, size_t pitch, int value, size_t width, size_t,
+                                     cudaStream_t) {
+  CHECK(target == speedrun::at(speedrun::kOut) && value == 0 && width <= pitch);
+  ++speedrun::zeroed;
+  return cudaSuccess;
+}
+cudaError_t __wrap_cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                                    unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* status) {
+  CHECK(std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0);
+  *function = reinterpret_cast<void*>(&speedrun::fake_encode);
+  *status = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                       void**) {
+  return speedrun::fake_launch(*config, kernel);
+}
+}  // extern "C"
+
+int main() {
+  speedrun::test_record_shapes();
+  speedrun::test_edges();
+  speedrun::test_refusals();
+  std::puts("hopper_launch: tensor maps and launches as a driver takes them");
+}
