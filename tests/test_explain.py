@@ -327,7 +327,7 @@ def run_explain(folder, *words):
 def test_command(tmp_path):
     run = run_explain(tmp_path, "--recipe", "tiny", "--steps", "10", "--world-size", "2")
     assert run.code == 0, run.err
-    for text in ("tiny: 10 steps on 2 GPUs", "bigram_embed", "MLP: up", "optimizer state", "0-3"):
+    for text in ("tiny: 10 steps, 2 GPUs, ", "bigram_embed", "MLP: up", "optimizer state", "0-3"):
         assert text in run.out, text
     run = run_explain(tmp_path, "--recipe", "tiny", "--json", "--set", "model.model_dim=256")
     assert run.code == 1 and "model.model_dim=256: must be num_heads * head_dim" in run.err
