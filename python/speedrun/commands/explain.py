@@ -137,7 +137,8 @@ def as_text(report: dict[str, Any]) -> str:
     kind = report["dtype"] + (" and FP8" if report["fp8"] else "")
     title = (
         f"{report['recipe']}: {report['total_steps']:,} steps, {report['world_size']} GPU"
-        f"{'s' * (report['world_size'] > 1)}, {kind}, {report['padded_vocab_size']:,} rows of vocabulary"
+        f"{'s' * (report['world_size'] > 1)}, {kind}, "
+        f"{report['padded_vocab_size']:,} rows of vocabulary"
     )
     total = (
         f"{report['total_tokens']:,} tokens, {report['total_flops']:.3e} FLOPs, "
