@@ -75,8 +75,9 @@ def isolated_rows(
 
     tokens = wrapped(batch.inputs_PT.long() * multiplier)
     hashed = (tokens ^ wrapped(previous_multiplier * (num_rows - 1))) % (num_rows - 1)
-    second_PT = previous(first_PT) & ~first_PT
-    rows = torch.where(second_PT, hashed.to(batch.bigram_rows_PT.dtype), batch.bigram_rows_PT)
+    rows = torch.where(
+        previous(first_PT), hashed.to(batch.bigram_rows_PT.dtype), batch.bigram_rows_PT
+    )
     signs = batch.sign_rows_PT
     return (
         rows.masked_fill(first_PT, num_rows - 1),
