@@ -1,10 +1,10 @@
-"""`tiny` against nanoGPT's CPU quick start, on Tiny Shakespeare, on this machine, in one run.
+"""`tiny_plain` and `tiny` against nanoGPT's CPU quick start, on Tiny Shakespeare, on this machine, in one run.
 
     python -m benchmarks.compare_nanogpt NANOGPT_FOLDER TEXT_FILE [--rounds N] [--json FILE]
 
 Each round trains nanoGPT by the command of its README (4 layers, width 128, 2,000 iterations, CPU),
-then `speedrun train --recipe tiny --text TEXT_FILE`, then a larger `tiny` over nanoGPT's whole
-time. nanoGPT's folder is used unchanged; its evaluations are switched off (eval_interval beyond the
+then `speedrun train --recipe NAME --text TEXT_FILE` of both recipes, then a larger `tiny_plain`
+over nanoGPT's whole time. nanoGPT's folder is used unchanged; its evaluations are switched off (eval_interval beyond the
 last iteration but for the first, whose time is not counted), and its final weights are evaluated
 here over the whole last 10 % of the text, as ours are. Times are training alone, on both sides.
 """
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 TARGET_LOSS = 1.92
+RECIPES = ("tiny_plain", "tiny")
 LARGER = ("--set=model.layers=short*2,long",)
 LARGER_TARGET_LOSS = 1.65
 NANOGPT_ARGUMENTS = (  # its README, "I only have a macbook"; evaluation and log settings apart
@@ -79,10 +80,10 @@ def evaluate_nanogpt(folder: Path) -> float:
     return torch.cat(losses).mean().item()
 
 
-def train_speedrun(text: Path, *arguments: str) -> list[dict[str, float]]:
+def train_speedrun(recipe: str, text: Path, *arguments: str) -> list[dict[str, float]]:
     """Validation events of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "speedrun.cli", "train", "--recipe", "tiny"]
+        command = [sys.executable, "-m", "speedrun.cli", "train", "--recipe", recipe]
         command += ["--text", str(text.resolve()), "--device", "cpu", "--out", "run", *arguments]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
@@ -111,22 +112,27 @@ def main() -> int:
         peer = train_nanogpt(args.nanogpt, args.text)
         peer_s = peer["train_time_s"]
         print(f"round {number}: nanoGPT {peer['val_loss']:.4f} after {peer_s:.1f} s", flush=True)
-        events = train_speedrun(args.text)
-        reached = first_at_or_below(events, TARGET_LOSS)
-        if reached is None:
-            print(f"  tiny did not reach {TARGET_LOSS}")
-        else:
-            share = reached["train_time_s"] / peer_s
-            print(
-                f"  tiny reached {reached['val_loss']:.4f} after {reached['train_time_s']:.1f} s: "
-                f"{share:.3f} of nanoGPT's time (wanted: 0.2, aim: 0.1)"
-            )
-        print(f"  tiny ended at {describe(events[-1])}", flush=True)
-        larger = train_speedrun(args.text, *LARGER, f"--steps={args.larger_steps}")
+        row = {"round": number, "nanogpt": peer}
+        for recipe in RECIPES:
+            events = row[recipe] = train_speedrun(recipe, args.text)
+            reached = first_at_or_below(events, TARGET_LOSS)
+            if reached is None:
+                print(f"  {recipe} did not reach {TARGET_LOSS}")
+            else:
+                share = reached["train_time_s"] / peer_s
+                print(
+                    f"  {recipe} reached {describe(reached)}: {share:.3f} of nanoGPT's time "
+                    "(wanted: 0.2, aim: 0.1)"
+                )
+            print(f"  {recipe} ended at {describe(events[-1])}", flush=True)
+        larger = row["larger"] = train_speedrun(
+            RECIPES[0], args.text, *LARGER, f"--steps={args.larger_steps}"
+        )
         within = larger[-1]["train_time_s"] <= peer_s
-        print(f"  larger tiny ended at {describe(larger[-1])} (wanted: <= {LARGER_TARGET_LOSS})")
+        print(
+            f"  larger {RECIPES[0]} ended at {describe(larger[-1])} (wanted: <= {LARGER_TARGET_LOSS})"
+        )
         print(f"  within nanoGPT's time: {within}", flush=True)
-        row = {"round": number, "nanogpt": peer, "tiny": events, "larger": larger}
         rows.append(row)
     if args.json:
         command = [Path(word).name for word in sys.argv]  # whose folders they were says nothing

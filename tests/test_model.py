@@ -326,7 +326,8 @@ def test_bf16():
 # ---- FP8 in the MLP ------------------------------------------------------------------------------
 
 
-def fp8_model(head=HeadConfig(), **choices):
+def fp8_model(head=None, **choices):
+    head = head or HeadConfig()
     config = dataclasses.replace(CONFIG, mlp=MLPConfig(**choices), head=head)
     model = GPT(config, torch.bfloat16, fp8=True)
     model.load_state_dict(random_model(dtype=torch.bfloat16).state_dict(), strict=False)

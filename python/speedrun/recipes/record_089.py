@@ -31,6 +31,20 @@ LAYERS = (
     "long+ve+gated+dc+mudd+shared+post",
 )
 
+# Adam's numbers for factors, gates and small networks.
+SMALL_ROWS = (
+    AdamRow("lambda_*", 0.9, 0.99, lr_mul=5.0),
+    AdamRow("w_smear", 0.9, 0.99, lr_mul=0.01),
+    AdamRow("ve_gate", 0.9, 0.99, wd_mul=1.0),
+    AdamRow("p_*", 0.9, 0.95),
+    AdamRow("r_*", 0.9, 0.95, lr_mul=5.0),
+    AdamRow("mudd_*_W?", 0.9, 0.99, lr_mul=0.25, wd_mul=1.0),
+    AdamRow("mudd_*_c", 0.9, 0.99, lr_mul=0.25),
+    AdamRow("gate_*_W?", 0.9, 0.99, lr_mul=0.1, wd_mul=1.0),
+    AdamRow("gate_*_c", 0.9, 0.99, lr_mul=0.1),
+    AdamRow("gate_s", 0.9, 0.99, lr_mul=0.1),
+)
+
 
 def config() -> Config:
     return Config(
@@ -62,16 +76,7 @@ def config() -> Config:
                 AdamRow("embed", 0.5, 0.95, wd_mul=150.0),
                 AdamRow("value_embeds", 0.75, 0.95, lr_mul=75.0, wd_mul=5.0),
                 AdamRow("bigram_embed", 0.75, 0.95, lr_mul=75.0, wd_mul=5.0, sparse=True),
-                AdamRow("lambda_*", 0.9, 0.99, lr_mul=5.0),
-                AdamRow("w_smear", 0.9, 0.99, lr_mul=0.01),
-                AdamRow("ve_gate", 0.9, 0.99, wd_mul=1.0),
-                AdamRow("p_*", 0.9, 0.95),
-                AdamRow("r_*", 0.9, 0.95, lr_mul=5.0),
-                AdamRow("mudd_*_W?", 0.9, 0.99, lr_mul=0.25, wd_mul=1.0),
-                AdamRow("mudd_*_c", 0.9, 0.99, lr_mul=0.25),
-                AdamRow("gate_*_W?", 0.9, 0.99, lr_mul=0.1, wd_mul=1.0),
-                AdamRow("gate_*_c", 0.9, 0.99, lr_mul=0.1),
-                AdamRow("gate_s", 0.9, 0.99, lr_mul=0.1),
+                *SMALL_ROWS,
             ),
         ),
         schedule=ScheduleConfig(
