@@ -1,12 +1,13 @@
-"""`tiny_plain` and `tiny` against nanoGPT's CPU quick start, on Tiny Shakespeare, on this machine, in one run.
+"""Our small recipes against nanoGPT's CPU quick start, on Tiny Shakespeare, in one run.
 
     python -m benchmarks.compare_nanogpt NANOGPT_FOLDER TEXT_FILE [--rounds N] [--json FILE]
 
 Each round trains nanoGPT by the command of its README (4 layers, width 128, 2,000 iterations, CPU),
-then `speedrun train --recipe NAME --text TEXT_FILE` of both recipes, then a larger `tiny_plain`
-over nanoGPT's whole time. nanoGPT's folder is used unchanged; its evaluations are switched off (eval_interval beyond the
-last iteration but for the first, whose time is not counted), and its final weights are evaluated
-here over the whole last 10 % of the text, as ours are. Times are training alone, on both sides.
+then `speedrun train --recipe NAME --text TEXT_FILE` with `tiny_plain` and `tiny`, then a larger
+`tiny_plain` over nanoGPT's whole time. nanoGPT's folder is used unchanged; its evaluations are
+switched off (eval_interval beyond the last iteration but for the first, whose time is not counted),
+and its final weights are evaluated here over the whole last 10 % of the text, as ours are. Times
+are training alone, on both sides.
 """
 
 from __future__ import annotations
