@@ -129,11 +129,9 @@ def main() -> int:
         larger = row["larger"] = train_speedrun(
             RECIPES[0], args.text, *LARGER, f"--steps={args.larger_steps}"
         )
-        within = larger[-1]["train_time_s"] <= peer_s
-        print(
-            f"  larger {RECIPES[0]} ended at {describe(larger[-1])} (wanted: <= {LARGER_TARGET_LOSS})"
-        )
-        print(f"  within nanoGPT's time: {within}", flush=True)
+        wanted = f"(wanted: <= {LARGER_TARGET_LOSS})"
+        print(f"  larger {RECIPES[0]} ended at {describe(larger[-1])} {wanted}")
+        print(f"  within nanoGPT's time: {larger[-1]['train_time_s'] <= peer_s}", flush=True)
         rows.append(row)
     if args.json:
         command = [Path(word).name for word in sys.argv]  # whose folders they were says nothing

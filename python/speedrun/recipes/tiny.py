@@ -22,7 +22,6 @@ from speedrun.config import (
 )
 from speedrun.recipes.record_089 import SMALL_ROWS
 
-
 LAYERS = (
     "short+paired+ve+xsa+save",
     "long+ve+gated+dc+mudd+shared+skip+post",

@@ -1,4 +1,4 @@
-"""`tiny_plain`: `tiny` without the record's techniques: rotary attention, relu² MLP, bigram table."""
+"""`tiny_plain`: `tiny` with rotary attention, relu² MLP and a bigram table alone."""
 
 from __future__ import annotations
 
