@@ -1,7 +1,6 @@
-// Launches every Hopper kernel at the record's shapes and at edges, without a GPU: the linker puts
-// the functions at the end of this file in the CUDA runtime's place (--wrap in CMakeLists.txt).
-// They refuse what a driver would, tensor maps and launches that no Hopper GPU takes, and the tests
-// look whether the maps are those of the matrices.
+// Launches every Hopper kernel at the record's shapes and at edges, without a GPU: the functions at
+// the end of this file take the CUDA runtime's place. They refuse what a driver would, tensor maps
+// and launches that no Hopper GPU takes, and the tests look whether the maps are the matrices'.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -281,37 +280,35 @@ void test_refusals() {
 }  // namespace speedrun
 
 extern "C" {
-cudaError_t __wrap_cudaGetDevice(int* device) {
+cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   CHECK(attribute == cudaDevAttrMultiProcessorCount);
   *value = static_cast<int>(speedrun::kSms);
   return cudaSuccess;
 }
-cudaError_t __wrap_cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
-                                        int value) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   CHECK(attribute == cudaFuncAttributeMaxDynamicSharedMemorySize);
   speedrun::shared_limits[kernel] = value;
   return cudaSuccess;
 }
-cudaError_t __wrap_cudaMemset2DAsync(void* target, size_t pitch, int value, size_t width, size_t,
-                                     cudaStream_t) {
+cudaError_t cudaMemset2DAsync(void* target, size_t pitch, int value, size_t width, size_t,
+                              cudaStream_t) {
   CHECK(target == speedrun::at(speedrun::kOut) && value == 0 && width <= pitch);
   ++speedrun::zeroed;
   return cudaSuccess;
 }
-cudaError_t __wrap_cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
-                                                    unsigned long long,
-                                                    cudaDriverEntryPointQueryResult* status) {
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
   CHECK(std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0);
   *function = reinterpret_cast<void*>(&speedrun::fake_encode);
   *status = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-cudaError_t __wrap_cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
-                                       void**) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
   return speedrun::fake_launch(*config, kernel);
 }
 }  // extern "C"
@@ -320,5 +317,5 @@ int main() {
   speedrun::test_record_shapes();
   speedrun::test_edges();
   speedrun::test_refusals();
-  std::puts("hopper_launch: tensor maps and launches as a driver takes them");
+  std::puts("launch: tensor maps and launches as a driver takes them");
 }
