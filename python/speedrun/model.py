@@ -169,7 +169,13 @@ class GPT(nn.Module):
                 )
 
     def compile(self, mode: Literal["off", "regional", "full"]) -> None:
-        """Compile each kind of layer once ("regional"), or the whole trunk ("full")."""
+        """Compile each kind of layer once ("regional"), or the whole trunk ("full").
+
+        Anew for each size of a micro-batch and each window, in training and in validation: that is
+        once a stage for both, which is more often than torch allows by itself.
+        """
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
         if mode == "full":
             self.trunk = torch.compile(self.trunk, dynamic=False)
         elif mode == "regional":
