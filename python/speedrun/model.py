@@ -174,11 +174,13 @@ class GPT(nn.Module):
         Anew for each size of a micro-batch and each window, in training and in validation: that is
         once a stage for both, which is more often than torch allows by itself.
         """
+        if mode == "off":
+            return
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
         if mode == "full":
             self.trunk = torch.compile(self.trunk, dynamic=False)
-        elif mode == "regional":
+        else:
             for spec in dict.fromkeys(self.layers):
                 # A code object of its own: compiled versions are looked up, and limited, by that.
                 code = layer_forward.__code__.replace()
