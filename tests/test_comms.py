@@ -12,26 +12,15 @@ from torch import nn
 from numerics import assert_same_bits
 from speedrun import recipes
 from speedrun.comms import Comms
-from speedrun.config import NUM_PARTS, AdamRow, MuonRow, OptimConfig, ScheduleConfig, Stage
+from speedrun.config import NUM_PARTS, AdamRow, MuonRow, OptimConfig
 from speedrun.model import GPT
 from speedrun.optim import Optimizer, communication_bytes
-from speedrun.schedule import Schedule
-from train_helpers import add_gradients, normal
+from train_helpers import SPLIT_PLANS, add_gradients, normal
 
 WORLD_SIZES = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16)
 NUM_ROWS = (1, 5, 16)  # fewer than ranks, not divisible, divisible
 
-# Six steps over two stages; Adam runs at 1, 3 and 5, and the head is on its own behind 3.
-PLANS = Schedule(
-    ScheduleConfig(
-        num_steps=6,
-        stages=(Stage(8, 8, 1, 1), Stage(8, 8, 1, 1, lr_factor=1.5)),
-        untie_frac=0.5,
-        momentum_warmup_steps=2,
-        momentum_cooldown_steps=2,
-    )
-)
 TABLES = OptimConfig(
     muon_table=(MuonRow("qk_bank"), MuonRow("mlp_bank", lr_muls=(1.0, 2.0))),
     adam_table=(
@@ -86,7 +75,7 @@ def train(comms, dtype, sparse_rows_threshold):
     optimizer = Optimizer(parameters.items(), config, comms)
     own_rows = comms.own_rows(SPARSE_ROWS)
     sent, expected, touched = [], [], set()
-    for plan in list(PLANS)[:6]:
+    for plan in list(SPLIT_PLANS)[:6]:
         for part in range(comms.rank, NUM_PARTS, comms.world_size):
             gradients, rows = part_gradients(plan.step, part, dtype)
             add_gradients(parameters, gradients)

@@ -17,8 +17,6 @@ from speedrun.config import (
     ConfigError,
     MuonRow,
     OptimConfig,
-    ScheduleConfig,
-    Stage,
     Windows,
 )
 from speedrun.model import GPT
@@ -26,23 +24,20 @@ from speedrun.ops.normuon_step import join_bits
 from speedrun.optim import HEAD, Optimizer, placements
 from speedrun.reference.polar_express import COEFFICIENTS
 from speedrun.schedule import Schedule
-from train_helpers import FLOAT64_NOISE, add_gradients, make_batch, normal, small_config
+from train_helpers import (
+    FLOAT64_NOISE,
+    SPLIT_PLANS,
+    add_gradients,
+    make_batch,
+    normal,
+    small_config,
+)
 
 BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 
 
 # ---- The whole step, in plain float64 -----------------------------------------------------------
 
-# Six steps over two stages; Adam runs at 1, 3 and 5, and the head is on its own behind 3.
-PLANS = Schedule(
-    ScheduleConfig(
-        num_steps=6,
-        stages=(Stage(8, 8, 1, 1), Stage(8, 8, 1, 1, lr_factor=1.5)),
-        untie_frac=0.5,
-        momentum_warmup_steps=2,
-        momentum_cooldown_steps=2,
-    )
-)
 TABLES = OptimConfig(
     muon_table=(MuonRow("wide_bank"), MuonRow("tall_*", lr_muls=(1.0, 2.0))),
     adam_table=(
@@ -154,7 +149,7 @@ def plain_run(plans):
 @pytest.mark.parametrize("replicate_below", [0, 2**16])
 def test_definition(replicate_below):
     """Without tying, of which float64 has none. `transpose` moves no such type."""
-    plans = [dataclasses.replace(plan, tied=False, split=False) for plan in list(PLANS)[:6]]
+    plans = [dataclasses.replace(plan, tied=False, split=False) for plan in list(SPLIT_PLANS)[:6]]
     config = dataclasses.replace(TABLES, replicate_below=replicate_below)
     found, expected = run_optimizer(torch.float64, config, plans), plain_run(plans)
     for name in SHAPES:
@@ -163,7 +158,7 @@ def test_definition(replicate_below):
 
 def test_definition_across_the_split():
     """In float32: a few roundings for Adam; Polar Express's slopes, 1,000 together, for banks."""
-    plans = list(PLANS)[:6]
+    plans = list(SPLIT_PLANS)[:6]
     assert [plan.tied for plan in plans] == [True] * 4 + [False] * 2
     found, expected = run_optimizer(torch.float32, TABLES, plans), plain_run(plans)
     for name in SHAPES:
@@ -180,7 +175,7 @@ def test_tied_gradients_add_up_in_their_type():
     parameters = {name: parameters[name] for name in ("embed", "lm_head")}
     optimizer = Optimizer(parameters.items(), TABLES, Comms())
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for plan in itertools.islice(PLANS, 2):
+    for plan in itertools.islice(SPLIT_PLANS, 2):
         gradients = {name: gradients_of(plan.step)[name].bfloat16() for name in parameters}
         add_gradients(parameters, gradients)
         sums = {name: sums[name] + gradients[name] for name in parameters}
@@ -205,7 +200,7 @@ def test_what_cannot_be_tied(parameters):
     named = [(name, nn.Parameter(value)) for name, value in parameters.items()]
     optimizer = Optimizer(named, TABLES, Comms())
     with pytest.raises(ConfigError, match=r"schedule\.untie_frac: to be tied, embed"):
-        optimizer.step(PLANS.plan(0))
+        optimizer.step(SPLIT_PLANS.plan(0))
 
 
 # ---- Rules and their switches -------------------------------------------------------------------
@@ -217,7 +212,7 @@ def one_step(config, parameters, plan=None):
     optimizer = Optimizer(named.items(), config, Comms())
     for i, p in enumerate(named.values()):
         p.grad = normal(*p.shape, seed=50 + i, dtype=p.dtype)
-    optimizer.step(plan or dataclasses.replace(PLANS.plan(5), split=False))
+    optimizer.step(plan or dataclasses.replace(SPLIT_PLANS.plan(5), split=False))
     return optimizer
 
 
@@ -237,7 +232,7 @@ def test_cautious_decay_off(name):
     step = start - stepped(name, start, **decay_of(name, 0.0))[0]
     decayed = torch.where(step * start >= 0, 0.0, 1.0)
     assert 0 < decayed.mean() < 1
-    rate = PLANS.plan(5).lr
+    rate = SPLIT_PLANS.plan(5).lr
     share = (0.023 * rate) ** 2 * 1.2 if name == "wide_bank" else (0.6 * rate) ** 2 * 0.025
     torch.testing.assert_close(cautious - everywhere, decayed * start * share, **FLOAT64_NOISE)
 
@@ -251,7 +246,7 @@ def test_variance_rescale_off():
     """NorMuon's step is Polar Express's then: near to all singular values 1, not to equal rows."""
     start = torch.zeros(*SHAPES["wide_bank"], dtype=torch.float64)
     steps = [stepped("wide_bank", start, variance_rescale=value)[0] for value in (True, False)]
-    rate = 0.023 * PLANS.plan(5).lr
+    rate = 0.023 * SPLIT_PLANS.plan(5).lr
     spread = [torch.linalg.svdvals(step / rate).sub(1).abs().max() for step in steps]
     assert spread[1] < 0.15 < spread[0]
     columns = [(step / rate).square().mean(1).sqrt() for step in steps]
@@ -316,7 +311,7 @@ def test_muon_direction_of_torch(shape, coefficients):
     config = dataclasses.replace(TABLES, matrix_rule="muon", muon=muon)
     ours = nn.Parameter(torch.zeros(1, *shape))
     ours.grad = grad.float()[None]
-    plan = dataclasses.replace(PLANS.plan(5), lr=1.0, momentum=0.0)
+    plan = dataclasses.replace(SPLIT_PLANS.plan(5), lr=1.0, momentum=0.0)
     Optimizer([("wide_bank", ours)], config, Comms()).step(plan)
     errors = [(p.double() - expected).norm() / expected.norm() for p in (ours.data[0], theirs.data)]
     assert errors[0] <= 2 * errors[1] + torch.finfo(torch.bfloat16).eps
@@ -354,7 +349,7 @@ def test_adamw_of_torch(name):
         for part, grad in zip(theirs, ours.grad if bank else [ours.grad], strict=True):
             part.grad = grad.clone()
         reference.step()
-        optimizer.step(dataclasses.replace(PLANS.plan(5), lr=1.0))
+        optimizer.step(dataclasses.replace(SPLIT_PLANS.plan(5), lr=1.0))
     expected = torch.stack([part.data for part in theirs]).view_as(start)
     torch.testing.assert_close(ours.data, expected, **FLOAT64_NOISE)
 
@@ -547,7 +542,7 @@ def test_restore_forgets_touched_rows():
     optimizer.restore(snapshot)
     table.grad = normal(6, 3)
     with pytest.raises(RuntimeError, match=r"call optimizer.touched\('table', rows\)"):
-        optimizer.step(dataclasses.replace(PLANS.plan(5), tied=False))
+        optimizer.step(dataclasses.replace(SPLIT_PLANS.plan(5), tied=False))
 
 
 def test_restore_puts_fp8_scales_back():

@@ -27,10 +27,22 @@ from speedrun.config import (
     ScheduleConfig,
     Stage,
 )
+from speedrun.schedule import Schedule
 
 # Float64 results of a few hundred operations on numbers around 1: sums in another order differ by
 # some hundred ulps at most; a wrong formula by many orders of magnitude more.
 FLOAT64_NOISE = dict(rtol=1e-11, atol=1e-11)
+
+# Six steps over two stages; Adam runs at 1, 3 and 5, and the head is on its own behind 3.
+SPLIT_PLANS = Schedule(
+    ScheduleConfig(
+        num_steps=6,
+        stages=(Stage(8, 8, 1, 1), Stage(8, 8, 1, 1, lr_factor=1.5)),
+        untie_frac=0.5,
+        momentum_warmup_steps=2,
+        momentum_cooldown_steps=2,
+    )
+)
 
 
 @functools.cache
