@@ -277,7 +277,7 @@ def finish(config: Config, data: DataSource, log: RunLog) -> None:
 
 
 NEXT_STEPS = """next:
-  your own text     speedrun train --recipe {recipe} --text FILE
+  your own text     speedrun train --recipe tiny --text FILE
   what it computes  speedrun explain --recipe {recipe}
   worth of a part   speedrun ablate --recipe {recipe}
   two processes     torchrun --standalone --nproc_per_node=2 -m speedrun.train --recipe {recipe}
