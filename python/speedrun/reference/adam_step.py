@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def adam_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: int,
-    lr: float,
-    decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    cautious: bool = True,
-) -> None:
-    """One update in place. `step` counts this parameter's updates from 1.
+class AdamTensor(NamedTuple):
+    """A parameter and what its update needs. R: the product of all its sizes but the last."""
 
-    u = m/(√v + eps)·lr·√(1−β2^t)/(1−β1^t), v uncorrected inside the root; where u·W > 0 (not
-    `cautious`: everywhere) also W −= decay·W. Computed in the moments' type (fp32 or wider),
-    rounded once to W's.
+    param: Tensor  # of any shape
+    grad: Tensor  # like param
+    exp_avg: Tensor  # of param's shape; its type may be another
+    exp_avg_sq: Tensor  # like exp_avg
+    scalars: Tensor  # (2,) float64: step size lr·√(1−β2^t)/(1−β1^t), and decay
+    beta1: float
+    beta2: float
+    seen: Tensor | None = None  # (R,) bool: which rows have ever had a gradient that wasn't zero
+
+
+def adam_step(tensors: Sequence[AdamTensor], *, eps: float, cautious: bool = True) -> None:
+    """One update in place of each parameter, all that depends on the step's number in `scalars`.
+
+    u = m/(√v + eps)·step size, v uncorrected inside the root; where u·W > 0 (not `cautious`:
+    everywhere) also W −= decay·W. Computed in fp32, or in the moments' type if wider, each
+    operation rounded once as IEEE says; each result rounded once to its tensor's type.
+    Rows not `seen` must have moments of 0: kernels leave them alone while their gradient is 0,
+    which changes nothing if `cautious`. (If not, all of them decay, and are marked as seen.)
     """
-    _update_moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
-    step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    update = exp_avg / exp_avg_sq.sqrt().add_(eps) * step_size
-    exact = param.to(update.dtype)
-    if decay:
-        shrinks = (update * exact > 0).to(update.dtype) if cautious else torch.ones_like(update)
-        update.addcmul_(exact, shrinks, value=decay)
-    param.copy_(exact - update)
+    for param, grad, exp_avg, exp_avg_sq, scalars, beta1, beta2, seen in tensors:
+        if seen is not None:
+            seen |= (grad != 0).any(-1).flatten() if cautious else True
+        m, v = _new_moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
+        step_size, decay = scalars.to(m.dtype).unbind()
+        update = (m / v.sqrt_().add_(eps)).mul_(step_size)
+        exact = param.to(m.dtype)
+        decayed = (exact * decay).add_(update)
+        param.copy_(exact - (decayed.where(update * exact > 0, update) if cautious else decayed))
 
 
 def adamw_step(
@@ -42,27 +48,35 @@ def adamw_step(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    step: int,
+    step: int | Tensor,
     lr: float | Tensor,
-    wd: float,
+    wd: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
     """One update in place, as torch.optim.AdamW's. `lr` may be a tensor for parts of W.
 
-    W ← W·(1 − lr·wd) − lr·m̂/(√v̂ + eps), m̂ = m/(1−β1^t), v̂ = v/(1−β2^t). Computed in the moments'
-    type (fp32 or wider), rounded once to W's.
+    W ← W·(1 − lr·wd) − lr·m̂/(√v̂ + eps), m̂ = m/(1−β1^t), v̂ = v/(1−β2^t), t = `step` from 1.
+    Computed as `adam_step` is.
     """
-    _update_moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    exact = param.to(exp_avg.dtype)
-    param.copy_(exact - exact * (lr * wd) - exp_avg / (1 - beta1**step) / root * lr)
+    m, v = _new_moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
+    root = (v / (1 - beta2**step)).sqrt_().add_(eps)
+    exact = param.to(m.dtype)
+    param.copy_(exact - exact * (lr * wd) - m / (1 - beta1**step) / root * lr)
 
 
-def _update_moments(
+def _new_moments(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float
-) -> None:
-    g = grad.to(exp_avg.dtype)
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+) -> tuple[Tensor, Tensor]:
+    """m + (g − m)·(1 − β1) and v·β2 + g²·(1 − β2), stored, and as they are before that rounding.
+
+    By operations that round once: lerp and addcmul round once or twice, as the machine likes.
+    """
+    dtype = torch.promote_types(exp_avg.dtype, torch.float32)
+    g, m, v = (x.to(dtype) for x in (grad, exp_avg, exp_avg_sq))
+    m = (g - m).mul_(1 - beta1).add_(m)
+    v = (g * (1 - beta2)).mul_(g).add_(v * beta2)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    return m, v
