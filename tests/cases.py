@@ -162,3 +162,61 @@ RELU2_MLP_FULL = (
     MlpCase("s2", 32768, 768, 3072, "in stage 2"),
     MlpCase("s3", 49152, 768, 3072, "in stage 3"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamCase:
+    """Parameters that one call updates, by shape and type; `unseen_frac` of their rows, or None
+    for a call without `seen`, have never had a gradient."""
+
+    name: str
+    params: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    why: str
+    moments: torch.dtype = torch.float32
+    unseen_frac: float | None = None
+
+
+# Shapes for every type, on every backend.
+ADAM_STEP_SMALL = (
+    ((64, 96), "whole blocks and vectors"),
+    ((33, 65), "rows that start anywhere, and a last vector that is cut"),
+    ((5, 3, 8), "more than two dimensions"),
+    ((4, 4112), "rows longer than a block"),
+    ((1, 1), "the smallest row"),
+    ((), "a scalar"),
+    ((0, 8), "no rows"),
+    ((3, 0), "no columns"),
+)
+
+# What training updates (RECIPE section 4): tables whole, and the share of one of 8 GPUs.
+_TABLES = (("embed", 50304), ("value_embeds", 5 * 50304), ("bigram_embed", 377280))
+_SMALL_PARAMS = (  # scalars, gates, the two gate nets and the two of MUDD
+    *(((11,), torch.float32) for _ in ("λ_qkv", "λ_o", "p_attn", "p_mlp", "r_attn", "r_mlp")),
+    *(((), torch.float32) for _ in ("λ_smear", "λ_skip", "gate_s")),
+    *((shape, torch.bfloat16) for shape in ((12,), (4, 6, 12))),
+    *(
+        (shape, torch.bfloat16)
+        for outputs in (26, 41, 14, 5)
+        for shape in ((64, 768), (outputs, 64), (outputs,))
+    ),
+)
+ADAM_STEP_FULL = (
+    *(
+        AdamCase(name + part, (((rows // share, 768), torch.bfloat16),), why)
+        for name, rows in _TABLES
+        for share, part, why in ((1, "", "a table on one GPU"), (8, "_8", "its share on 8"))
+    ),
+    AdamCase("small", _SMALL_PARAMS, "all small parameters in one call: launches count"),
+    AdamCase(
+        "bf16_moments_8",
+        (((377280 // 8, 768), torch.bfloat16),),
+        "moments of half the bytes",
+        moments=torch.bfloat16,
+    ),
+    AdamCase(
+        "half_seen_8",
+        (((377280 // 8, 768), torch.bfloat16),),
+        "rows that need only the read of their gradient, between others",
+        unseen_frac=0.5,
+    ),
+)
