@@ -22,6 +22,19 @@ inline void check_cuda(const Tensor& tensor, const char* op, const char* name) {
   STD_TORCH_CHECK(tensor.is_cuda(), op, ": ", name, " must be a CUDA tensor");
 }
 
+// Data of a contiguous CUDA tensor on `device` with so many elements of that type.
+inline void* data_of(const Tensor& tensor, torch::headeronly::ScalarType type, int64_t numel,
+                     int32_t device, const char* op, const char* name) {
+  check_cuda(tensor, op, name);
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && tensor.numel() == numel && tensor.scalar_type() == type &&
+          tensor.get_device_index() == device,
+      op, ": ", name,
+      " must be contiguous, of the expected type and on the first tensor's device, with ", numel,
+      " elements");
+  return tensor.mutable_data_ptr();
+}
+
 inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {

@@ -13,18 +13,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
-// Data of a contiguous CUDA tensor on `device` with so many elements of that type.
-void* data_of(Tensor tensor, ScalarType type, int64_t numel, int32_t device, const char* op,
-              const char* name) {
-  check_cuda(tensor, op, name);
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == numel &&
-                      tensor.scalar_type() == type && tensor.get_device_index() == device,
-                  op, ": ", name,
-                  " must be contiguous, of the expected type and on x's device, with ", numel,
-                  " elements");
-  return tensor.mutable_data_ptr();
-}
-
 template <typename T>
 T* optional_data(const OptionalTensor& tensor, ScalarType type, int64_t numel, int32_t device,
                  const char* op, const char* name) {
