@@ -68,6 +68,8 @@ REQUIRED = (
     ("fp8_matmul", "triton", "", ("QGMMA",)),
     ("relu2_mlp", "cuda", "", ("HGMMA", "UTMALDG", "UTMASTG")),
     ("relu2_mlp", "triton", "", ("HGMMA QGMMA",)),
+    ("adam_step", "cuda", "", ("ld128", "st128")),
+    ("adam_step", "triton", "", ("ld128", "st128")),
 )
 
 # What ptxas says when it gives up on what the kernel was written for.

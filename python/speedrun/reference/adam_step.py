@@ -26,8 +26,8 @@ def adam_step(tensors: Sequence[AdamTensor], *, eps: float, cautious: bool = Tru
     """One update in place of each parameter, all that depends on the step's number in `scalars`.
 
     u = m/(√v + eps)·step size, v uncorrected inside the root; where u·W > 0 (not `cautious`:
-    everywhere) also W −= decay·W. Computed in fp32, or in the moments' type if wider, each
-    operation rounded once as IEEE says; each result rounded once to its tensor's type.
+    everywhere) also W −= decay·W. Computed in fp32, or float64 if one of the tensors is, operation
+    by operation; each result is rounded once to its tensor's type.
     Rows not `seen` must have moments of 0: kernels leave them alone while their gradient is 0,
     which changes nothing if `cautious`. (If not, all of them decay, and are marked as seen.)
     """
@@ -73,7 +73,7 @@ def _new_moments(
 
     By operations that round once: lerp and addcmul round once or twice, as the machine likes.
     """
-    dtype = torch.promote_types(exp_avg.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(grad.dtype, exp_avg.dtype), torch.float32)
     g, m, v = (x.to(dtype) for x in (grad, exp_avg, exp_avg_sq))
     m = (g - m).mul_(1 - beta1).add_(m)
     v = (g * (1 - beta2)).mul_(g).add_(v * beta2)
