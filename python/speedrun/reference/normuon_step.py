@@ -6,8 +6,62 @@ the bf16 parameter; it is None where the parameter itself is exact (float32, flo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from speedrun.reference._fp8 import to_fp8
+
+
+class Fp8Copies(NamedTuple):
+    """Outputs: the new weights as e4m3, so that the real value is fp8 * scale, and their amax."""
+
+    scale: Tensor  # (B,) float32, an input
+    row: Tensor | None  # (B, M, N)
+    transposed: Tensor | None  # (B, N, M)
+    amax: Tensor  # (B,) float32
+
+
+def normuon_step(
+    weight_BMN: Tensor,
+    low_BMN: Tensor | None,
+    o_BMN: Tensor,
+    second: Tensor | None,
+    lr_B: Tensor,
+    wd: float | Tensor,
+    *,
+    beta2: float,
+    decay_lr_B: Tensor | None = None,
+    cautious: bool = True,
+    nearest: bool = False,
+    fp8: Fp8Copies | None = None,
+) -> None:
+    """From the orthogonalised update O to new weights, in place: the functions below in turn.
+
+    `second` None: O is not rescaled. `decay_lr_B`: the decay's rate where it isn't the step's.
+    """
+    if second is not None:
+        o_BMN = variance_rescale(o_BMN, second, beta2)
+    wide = torch.promote_types(weight_BMN.dtype, torch.float32)
+    lr_B11 = lr_B.to(wide).view(-1, 1, 1)
+    decay_lr_B11 = lr_B11 if decay_lr_B is None else decay_lr_B.to(wide).view(-1, 1, 1)
+    weight_update(
+        weight_BMN,
+        low_BMN,
+        o_BMN,
+        lr_B11,
+        wd,
+        decay_lr_B11=decay_lr_B11,
+        cautious=cautious,
+        nearest=nearest,
+    )
+    if fp8 is not None:
+        codes = to_fp8(weight_BMN, fp8.scale.view(-1, 1, 1), torch.float8_e4m3fn)
+        fp8.amax.copy_(weight_BMN.abs().amax((1, 2)))
+        for target, source in ((fp8.row, codes), (fp8.transposed, codes.mT)):
+            if target is not None:
+                target.copy_(source)
 
 
 def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float) -> Tensor:
@@ -39,8 +93,9 @@ def weight_update(
     low_BMN: Tensor | None,
     o_BMN: Tensor,
     lr_B11: Tensor,
-    wd: float,
+    wd: float | Tensor,
     *,
+    decay_lr_B11: Tensor | None = None,
     cautious: bool = True,
     nearest: bool = False,
 ) -> None:
@@ -52,8 +107,9 @@ def weight_update(
     wide = torch.promote_types(weight_BMN.dtype, torch.float32)
     exact = weight_BMN.to(wide) if low_BMN is None else join_bits(weight_BMN, low_BMN, nearest)
     o = o_BMN.to(exact.dtype)
-    shrinks = exact * (o * exact >= 0) if cautious else exact
-    exact = exact - shrinks * wd * lr_B11 - o * lr_B11
+    shrinks = torch.where(o * exact >= 0, exact, 0) if cautious else exact
+    decay_lr_B11 = lr_B11 if decay_lr_B11 is None else decay_lr_B11
+    exact = exact - shrinks * wd * decay_lr_B11 - o * lr_B11
     if low_BMN is None:
         weight_BMN.copy_(exact)
     else:
