@@ -127,7 +127,10 @@ HOST_DEVICE inline void store_group(void* tensor, int64_t at, int64_t count,
     Vec<T> vec{};
 #pragma unroll
     for (int j = 0; j < kSize; ++j) vec.fill(j, from_float<T>(values[i + j]));
-    store_vec<kAligned>(static_cast<T*>(tensor) + at + i, vec, count - i);
+    // An aligned address is counted in vectors, for row_start's reason.
+    T* const start = static_cast<T*>(tensor);
+    T* const target = kAligned ? row_start<true>(start, (at + i) / kSize, kSize) : start + at + i;
+    store_vec<kAligned>(target, vec, count - i);
   }
 }
 

@@ -1,6 +1,7 @@
 """Operators: one front door per file, with its schema, fake implementation and gradient."""
 
 from speedrun.ops._dispatch import backends_used, use_backend
+from speedrun.ops.adam_step import AdamTensor, adam_step
 from speedrun.ops.fp8_matmul import (
     fp8_matmul,
     fp8_matmul_add_,
@@ -20,9 +21,11 @@ from speedrun.ops.softcap_ce import softcap_ce, softcap_ce_fp8
 from speedrun.ops.transpose import transpose, transpose_add_
 
 __all__ = [
+    "AdamTensor",
     "Fp8Head",
     "Fp8Layer",
     "Gemms",
+    "adam_step",
     "backends_used",
     "delayed_scale",
     "fp8_matmul",
