@@ -115,7 +115,7 @@ def assert_right(tensor: AdamTensor, before: list[Tensor]) -> None:
 
 
 def torch_fused(tensors: list[AdamTensor]) -> Callable[[], None]:
-    """torch.optim.AdamW(fused=True): decays otherwise, and its moments are of the parameter's type."""
+    """torch.optim.AdamW(fused=True): decays otherwise; its moments are of the parameter's type."""
     if any(tensor.param.dtype != tensor.exp_avg.dtype for tensor in tensors):
         raise peers.Missing("torch's fused Adam keeps moments of the parameter's type")
     params = [torch.nn.Parameter(tensor.param) for tensor in tensors]
