@@ -16,8 +16,10 @@ from speedrun.ops.fp8_quantize import (
     rms_norm_fp8_quantize,
 )
 from speedrun.ops.head_loss import Fp8Head, head_loss, quantize_head
+from speedrun.ops.polar_express import PolarExpress, momentum_polar_express, polar_express
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms, relu2_mlp
 from speedrun.ops.softcap_ce import softcap_ce, softcap_ce_fp8
+from speedrun.ops.sym_matmul import sym_matmul
 from speedrun.ops.transpose import transpose, transpose_add_
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Fp8Head",
     "Fp8Layer",
     "Gemms",
+    "PolarExpress",
     "adam_step",
     "backends_used",
     "delayed_scale",
@@ -35,12 +38,15 @@ __all__ = [
     "fp8_quantize",
     "fp8_quantize_current",
     "head_loss",
+    "momentum_polar_express",
+    "polar_express",
     "quantize_head",
     "refresh_mlp_weights",
     "relu2_mlp",
     "rms_norm_fp8_quantize",
     "softcap_ce",
     "softcap_ce_fp8",
+    "sym_matmul",
     "transpose",
     "transpose_add_",
     "use_backend",

@@ -1,13 +1,22 @@
-"""Newton–Schulz orthogonalisation; Polar Express (arXiv 2505.16932) as in RECIPE section 4."""
+"""Newton–Schulz orthogonalisation; Polar Express (arXiv 2505.16932) as in RECIPE section 4.
+
+B matrices of M × N in a bank. Every product is summed in at least fp32 and rounded once to the type
+of the iteration (tall matrices of more than 1,024 rows: see `_standard`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-# 5 steps on [1e-3, 1], safety factor 1.02 on all but the last, cushion 0.02.
+from speedrun.reference._polar_coefficients import Quintic, polar_coefficients
+
+# polar_coefficients(5, 1e-3), in the digits of the public program.
 COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -15,47 +24,175 @@ COEFFICIENTS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+SUM_CHUNK = 8192  # elements of a matrix whose squares make one partial sum of its norm
 
 
-def polar_express(g_BMN: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, M, N) in `dtype`: each matrix with its singular values driven to about 1.
+@dataclass(frozen=True)
+class PolarExpress:
+    """What an orthogonalisation computes; the default is the record's.
 
-    `orthogonalize` with the coefficients above; X = G/(‖G‖_F·1.02 + 1e−6).
+    form: "standard" or "gram", see `_standard` and `_gram`. restarts: before which steps the Gram
+    form computes XXᵀ anew. norm: what bounds the singular values, ‖X‖_F or "s4", ‖XXᵀ‖_F^½, which
+    is nearer to the largest. ValueError: a form, norm, restart or coefficients that can't be.
     """
-    return orthogonalize(g_BMN, COEFFICIENTS, dtype, norm_factor=1.02, eps=1e-6)
+
+    coefficients: tuple[Quintic, ...] = COEFFICIENTS
+    form: Literal["standard", "gram"] = "standard"
+    restarts: tuple[int, ...] = (2,)
+    norm: Literal["frobenius", "s4"] = "frobenius"
+    norm_factor: float = 1.02
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not self.coefficients or any(len(abc) != 3 for abc in self.coefficients):
+            raise ValueError(
+                f"PolarExpress: coefficients must be one (a, b, c) a step, got {self.coefficients}"
+            )
+        for name, allowed in (("form", ("standard", "gram")), ("norm", ("frobenius", "s4"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"PolarExpress: {name} must be {' or '.join(allowed)}, got "
+                    f"{getattr(self, name)!r}"
+                )
+        if any(restart < 1 for restart in self.restarts):
+            raise ValueError(
+                f"PolarExpress: restarts must be steps from 1 on, counted from 0, got "
+                f"{self.restarts}"
+            )
 
 
-def orthogonalize(
-    g_BMN: Tensor,
-    coefficients: Sequence[tuple[float, float, float]],
-    dtype: torch.dtype | None = None,
-    *,
-    norm_factor: float = 1.0,
-    eps: float = 1e-7,
+RECORD = PolarExpress()
+S4 = PolarExpress(polar_coefficients(4, 5.3e-3), norm="s4")  # a step less, by the tighter norm
+
+
+def polar_express(
+    g_BMN: Tensor, dtype: torch.dtype | None = None, spec: PolarExpress = RECORD
 ) -> Tensor:
-    """(B, M, N) in `dtype`: a Newton–Schulz iteration with its own (a, b, c) at each step.
+    """(B, M, N) in `dtype` (default: G's own): singular values driven to about 1.
 
-    X = G/(‖G‖_F·norm_factor + eps) in at least fp32, rounded once to `dtype` (default: G's own);
-    then per step A = XXᵀ, B = b·A + c·A², X ← a·X + B·X, each summed in at least fp32 and rounded.
+    X = G/(‖G‖_F·norm_factor + eps) in at least fp32, rounded once; with the norm "s4" divided again
+    by ‖XXᵀ‖_F^½·norm_factor + eps, and XXᵀ by its square. Then the steps.
+    """
+    dtype = dtype or g_BMN.dtype
+    rounded = _rounding_to(dtype)
+    x = rounded(normalized(g_BMN, dtype, spec))
+    gram = rounded(_product_with_itself(x))
+    if spec.norm == "s4":
+        scale = s4_scale(gram, spec)
+        x, gram = rounded(x * scale), rounded(gram * scale.square())
+    iterate = _gram if spec.form == "gram" else _standard
+    return iterate(x, gram, spec, dtype).to(dtype)
+
+
+def normalized(g_BMN: Tensor, dtype: torch.dtype, spec: PolarExpress) -> Tensor:
+    """G/(‖G‖_F·norm_factor + eps), computed in at least fp32 and rounded once to `dtype`."""
+    g = g_BMN.to(torch.promote_types(g_BMN.dtype, torch.float32))
+    return (g / (g.norm(dim=(-2, -1), keepdim=True) * spec.norm_factor + spec.eps)).to(dtype)
+
+
+def s4_scale(gram: Tensor, spec: PolarExpress) -> Tensor:
+    """(B, 1, 1) in at least fp32: what X is multiplied by, and XXᵀ by its square."""
+    wide = torch.promote_types(gram.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=wide)
+    return 1 / (norm.sqrt() * spec.norm_factor + spec.eps)
+
+
+def is_tall(x: Tensor) -> bool:
+    """Then XᵀX, from the right, is the smaller of the two products with itself."""
+    return x.shape[-2] > x.shape[-1]
+
+
+def _product_with_itself(x: Tensor) -> Tensor:
+    return x.mT @ x if is_tall(x) else x @ x.mT
+
+
+def _rounding_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rounds to `dtype`; what comes out is fp32 or wider again, for the next product."""
+    return lambda t: t.to(dtype).to(torch.promote_types(dtype, torch.float32))
+
+
+def _standard(x: Tensor, gram: Tensor, spec: PolarExpress, dtype: torch.dtype) -> Tensor:
+    """Per step A = XXᵀ, B = b·A + c·A², X ← a·X + B·X.
+
     Tall matrices (M > N) take A = XᵀX from the right; above 1,024 rows the product is rounded
     before a·X is added (the public kernels' order).
     """
-    dtype = dtype or g_BMN.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    tall = g_BMN.shape[-2] > g_BMN.shape[-1]
-    two_roundings = tall and g_BMN.shape[-2] > 1024 and dtype != wide
-    g = g_BMN.to(torch.promote_types(g_BMN.dtype, torch.float32))
-    x = (g / (g.norm(dim=(-2, -1), keepdim=True) * norm_factor + eps)).to(dtype)
-
-    def rounded(t: Tensor) -> Tensor:
-        return t.to(dtype).to(wide)
-
-    x = x.to(wide)
-    for a, b, c in coefficients:
-        gram = rounded(x.mT @ x if tall else x @ x.mT)
+    rounded, tall = _rounding_to(dtype), is_tall(x)
+    two_roundings = tall and x.shape[-2] > 1024 and dtype != x.dtype
+    for step, (a, b, c) in enumerate(spec.coefficients):
+        if step:
+            gram = rounded(_product_with_itself(x))
         poly = rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
         if two_roundings:
             x = rounded(a * x + rounded(x @ poly))
         else:
             x = rounded(torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a))
-    return x.to(dtype)
+    return x
+
+
+def _gram(x: Tensor, r: Tensor, spec: PolarExpress, dtype: torch.dtype) -> Tensor:
+    """The steps on R = XXᵀ alone (Gram Newton–Schulz; KERNELS section b.5), for all but two X's.
+
+    With Z = b·R + c·R² a step is Q ← (Z + a·I)·Q, R ← (Z + a·I)·R·(Z + a·I), and X = Q·X at the
+    end. a is never added to a rounded Z whose entries it would drown: it multiplies what Z does.
+    Rounding leaves R with eigenvalues below 0, which grow by a² a step: hence the restarts.
+    """
+    rounded = _rounding_to(dtype)
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    q = None
+    for step, (a, b, c) in enumerate(spec.coefficients):
+        if step in spec.restarts:
+            x, q = rounded(x @ q if is_tall(x) else q @ x), None
+            r = rounded(_product_with_itself(x))
+        z = rounded(torch.baddbmm(r, r, r, beta=b, alpha=c))
+        q = rounded(z + a * eye if q is None else torch.baddbmm(q, q, z, beta=a))
+        if step + 1 < len(spec.coefficients) and step + 1 not in spec.restarts:
+            rz = rounded(torch.baddbmm(r, r, z, beta=a))
+            r = rounded(torch.baddbmm(rz, z, rz, beta=a))
+    return rounded(x @ q if is_tall(x) else q @ x)
+
+
+def orthogonalize(
+    g_BMN: Tensor,
+    coefficients: Sequence[Quintic],
+    dtype: torch.dtype | None = None,
+    *,
+    norm_factor: float = 1.0,
+    eps: float = 1e-7,
+) -> Tensor:
+    """(B, M, N) in `dtype`: `polar_express` with a polynomial of one's own at each step."""
+    spec = PolarExpress(tuple(coefficients), norm_factor=norm_factor, eps=eps)
+    return polar_express(g_BMN, dtype, spec)
+
+
+def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float | Tensor) -> Tensor:
+    """M ← lerp(M, G, 1−μ) in place; returns the Nesterov gradient lerp(G, M, μ).
+
+    In M's type; μ, a number or 0-d tensor, is rounded to it first, as in the public program.
+    """
+    g = grad_BMN.to(momentum_BMN.dtype)
+    mu = torch.as_tensor(mu, dtype=torch.float64, device=g.device).to(g.dtype)
+    momentum_BMN.lerp_(g, (1 - mu.double()).to(g.dtype))
+    return g.lerp(momentum_BMN, mu)
+
+
+def momentum_out(grad_BMN: Tensor, momentum_BMN: Tensor, mu: Tensor, sums_BP: Tensor) -> None:
+    """`momentum_step`, of which only the sums of squares of each SUM_CHUNK elements are kept."""
+    nesterov = momentum_step(grad_BMN, momentum_BMN, mu).flatten(1)
+    nesterov = pad(nesterov, (0, -nesterov.shape[1] % SUM_CHUNK))
+    sums_BP.copy_(nesterov.unflatten(1, (-1, SUM_CHUNK)).square().sum(-1))
+
+
+def normalize_out(
+    grad_BMN: Tensor,
+    momentum_BMN: Tensor,
+    mu: Tensor,
+    sums_BP: Tensor,
+    norm_factor: float,
+    eps: float,
+    x_BMN: Tensor,
+) -> None:
+    """Writes the Nesterov gradient over its norm: `normalized`, from what `momentum_out` left."""
+    g = grad_BMN.to(momentum_BMN.dtype)
+    norm = sums_BP.sum(1).sqrt().view(-1, 1, 1)
+    x_BMN.copy_(g.lerp(momentum_BMN, mu.to(g.dtype)) / (norm * norm_factor + eps))
