@@ -6,7 +6,16 @@ import json
 import pytest
 
 from speedrun import recipes
-from speedrun.config import ConfigError, LayerSpec, MLPConfig, MuonConfig, MuonRow, to_dict
+from speedrun.config import (
+    AdamRow,
+    ConfigError,
+    LayerSpec,
+    MLPConfig,
+    MuonConfig,
+    MuonRow,
+    NorMuonConfig,
+    to_dict,
+)
 from speedrun.config_check import check
 from speedrun.overrides import apply_overrides
 from speedrun.schedule import Schedule, scaled
@@ -60,6 +69,8 @@ def read(config, path):
         ("optim.muon.ns_coefficients", "3,-4,2", (3.0, -4.0, 2.0)),
         ("optim.exact_weights", "false", False),
         ("optim.weight_rounding", "nearest", "nearest"),
+        ("optim.normuon.polar_form", "gram", "gram"),
+        ("optim.adam_table.embed.moments", "bf16", "bf16"),
         ("schedule.stages.0.tokens_per_step", "2048", 2048),
         ("schedule.stages.1.window_long", "40", 40),
         ("schedule.extension.lr_factor", "0.2", 0.2),
@@ -237,6 +248,8 @@ def test_impossible_update_rules():
         vector_rule="muon",
         weight_rounding="up",
         muon=MuonConfig(ns_precision="fp8"),
+        normuon=NorMuonConfig(polar_form="fast", polar_precision="fp8", polar_norm="max"),
+        adam_table=(AdamRow("table", 0.9, 0.95, moments="fp8"),),
     )
     schedule = dataclasses.replace(base.schedule, untie_frac=0.5)
     with pytest.raises(ConfigError) as error:
@@ -245,7 +258,11 @@ def test_impossible_update_rules():
         "optim.matrix_rule=adam: must be normuon or muon or adamw",
         "optim.vector_rule=muon: must be adam or adamw",
         "optim.weight_rounding=up: must be truncate or nearest",
+        "optim.normuon.polar_form=fast: must be standard or gram",
+        "optim.normuon.polar_precision=fp8: must be weight or bf16 or fp16",
+        "optim.normuon.polar_norm=max: must be frobenius or s4",
         "optim.muon.ns_precision=fp8: must be bf16 or weight",
+        "optim.adam_table.table.moments=fp8: must be fp32 or bf16",
         "optim.muon_table.emb*=embed: can't be tied there; move it to optim.adam_table, or set "
         "schedule.untie_frac=0",
     ]

@@ -33,7 +33,9 @@ MAY_IMPORT = {
     "batch": {"ops"},
     "gates": {"config"},
     "fp8_state": {"ops", "config"},
-    "optim": {"ops", "config", "comms", "update_rules", "schedule"},  # schedule: StepPlan, a type
+    # schedule: StepPlan, a type
+    "optim": {"ops", "config", "comms", "update_rules", "schedule", "step_graph"},
+    "step_graph": {"schedule", "update_rules"},
     "update_rules": {"ops", "config", "schedule"},
 }
 TOP = {"train", "cli", "commands"}  # only these import these

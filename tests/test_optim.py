@@ -373,7 +373,7 @@ def test_rates_of_a_bank():
     found = []
     for rank in range(2):  # three matrices each
         rule = Optimizer([("bank", bank)], config, Comms(rank, 2)).rules["bank"]
-        found += rule.lr_muls_B11.flatten().tolist()
+        found += rule.lr_muls_B.tolist()
     assert found == [2.0, 4.0, 2.0, 4.0, 2.0, 4.0]
 
 

@@ -16,7 +16,12 @@ from numerics import assert_same_bits
 from speedrun import recipes, update_rules
 from speedrun.comms import Comms
 from speedrun.config import ScheduleConfig, Stage
-from speedrun.ops.normuon_step import join_bits, variance_rescale
+from speedrun.ops.normuon_step import (
+    join_bits,
+    momentum_step,
+    normuon_step,
+    variance_rescale,
+)
 from speedrun.optim import Optimizer
 from speedrun.schedule import Schedule
 from train_helpers import add_gradients, from_golden, golden, low_bits
@@ -100,13 +105,18 @@ def public_update(arrays, step, banks, patch):
     polar = iter([from_golden(arrays[f"{step}/{bank}/polar"]) for bank in banks])
     updates = iter([from_golden(arrays[f"{step}/{bank}/update"]) for bank in banks])
 
-    def rescale(o, second, beta2):
+    def orthogonalized(grads, momenta, mu, *options):
+        for grad, momentum in zip(grads, momenta, strict=True):
+            momentum_step(grad, momentum, mu)
+        return [next(polar) for _ in grads]
+
+    def normuon(weight, low, o, second, lr_B, wd, *, beta2, **options):
         found, expected = variance_rescale(o, second, beta2), next(updates)
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
-        return expected
+        normuon_step(weight, low, expected, None, lr_B, wd, beta2=beta2, **options)
 
-    patch.setattr(update_rules, "polar_express", lambda *_: next(polar))
-    patch.setattr(update_rules, "variance_rescale", rescale)
+    patch.setattr(update_rules, "momentum_polar_express", orthogonalized)
+    patch.setattr(update_rules, "normuon_step", normuon)
 
 
 def moments_of(rule, name):

@@ -74,7 +74,10 @@ def add_gradients(parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -
     for name, gradient in gradients.items():
         parameter = parameters[name]
         gradient = gradient.view_as(parameter)
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+        if parameter.grad is None:
+            parameter.grad = gradient.clone()
+        else:
+            parameter.grad += gradient
 
 
 def small_config(**changes: Any) -> Config:

@@ -290,6 +290,7 @@ class AdamRow:
     wd_mul: float = 0.0
     # A table of whose rows a batch reads few. Only a model that names them may have it.
     sparse: bool = False
+    moments: Literal["fp32", "bf16"] = "fp32"  # of adam: in bf16 they take half of the memory
 
 
 @dataclass(frozen=True)
@@ -305,11 +306,19 @@ class MuonRow:
 
 @dataclass(frozen=True)
 class NorMuonConfig:
-    """The record's. A step's decay is wd · lr · lr."""
+    """The record's. A step's decay is wd · lr · lr.
+
+    polar_*: how Polar Express is computed (ops/polar_express.py): over the long side ("standard")
+    or the short one ("gram"); in which type, "weight" being the weights' own; normalised by the
+    Frobenius norm, or by a tighter bound that saves one of the five steps ("s4").
+    """
 
     lr: float = 0.023
     wd: float = 1.2
     beta2: float = 0.9
+    polar_form: Literal["standard", "gram"] = "standard"
+    polar_precision: Literal["weight", "bf16", "fp16"] = "weight"
+    polar_norm: Literal["frobenius", "s4"] = "frobenius"
 
 
 @dataclass(frozen=True)
@@ -367,7 +376,8 @@ class OptimConfig:
     # has the upper half, cut off as in the public program, or rounded.
     exact_weights: bool = True
     weight_rounding: Literal["truncate", "nearest"] = "truncate"
-    # How gradients travel; no number of the training depends on it, but for rounding.
+    # How the step runs; no number of the training depends on it, but for rounding.
+    cuda_graph: bool = False  # the step's launches are captured once and replayed (on a GPU)
     replicate_below: int = 2**16  # elements: smaller parameters are updated by every rank
     sparse_rows_threshold: int = 2**17  # sparse tables of so many rows: read rows alone; 0: never
 

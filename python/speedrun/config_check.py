@@ -14,7 +14,6 @@ from speedrun.config import (
     Config,
     ConfigError,
     ModelConfig,
-    MuonConfig,
     OptimConfig,
 )
 
@@ -219,14 +218,18 @@ def _check_optim(optim: OptimConfig, tied: bool, require: Callable) -> None:
         for name in ("lr", "eps", "ns_steps", "matrix_lr"):
             value = getattr(rule, name, 1)
             require(value > 0, prefix + name, value, "must be greater than 0")
-    hints = typing.get_type_hints(OptimConfig) | typing.get_type_hints(MuonConfig)
     for section, key, name in (
         (optim, "optim.", "matrix_rule"),
         (optim, "optim.", "vector_rule"),
         (optim, "optim.", "weight_rounding"),
+        (optim.normuon, "optim.normuon.", "polar_form"),
+        (optim.normuon, "optim.normuon.", "polar_precision"),
+        (optim.normuon, "optim.normuon.", "polar_norm"),
         (optim.muon, "optim.muon.", "ns_precision"),
+        *((row, f"optim.adam_table.{row.name}.", "moments") for row in optim.adam_table),
     ):
-        value, allowed = getattr(section, name), typing.get_args(hints[name])
+        value = getattr(section, name)
+        allowed = typing.get_args(typing.get_type_hints(type(section))[name])
         require(value in allowed, key + name, value, f"must be {' or '.join(allowed)}")
     beta2 = optim.normuon.beta2
     require(0 <= beta2 < 1, "optim.normuon.beta2", beta2, "must be in [0, 1)")

@@ -20,7 +20,8 @@ from speedrun.comms import Comms, Pending, rows_per_rank, sent_bytes, sparse_sen
 from speedrun.config import AdamRow, ConfigError, MuonRow, OptimConfig
 from speedrun.ops.transpose import ADD_DTYPES, transpose, transpose_add_
 from speedrun.schedule import StepPlan
-from speedrun.update_rules import RULES, UpdateRule
+from speedrun.step_graph import StepGraphs, StepNumbers
+from speedrun.update_rules import RULES, Shard, UpdateRule
 
 HEAD, EMBED = "lm_head", "embed"  # (D, V) and (V, D): one parameter while a plan says `tied`
 
@@ -113,19 +114,20 @@ class ReplicatedParams:
         self.places, self.comms = places, comms
         self.rules = {place.name: _rule(place, config, place.param.data, 0) for place in places}
 
-    def reduce(self, plan: StepPlan) -> None:
+    def reduce(self, tied: bool) -> None:
         self.pending = self.comms.all_reduce_([_gradient(place.param) for place in self.places])
 
-    def update(self, plan: StepPlan) -> None:
-        for place, grad in zip(self.places, self.pending.wait(), strict=True):
-            self.rules[place.name].update(place.param.data, grad, plan)
+    def shards(self, tied: bool) -> list[Shard]:
+        return [
+            Shard(self.rules[place.name], place.param.data, grad)
+            for place, grad in zip(self.places, self.pending.wait(), strict=True)
+        ]
 
-    def finish(self, plan: StepPlan) -> None:
-        self.forget()
+    def send(self) -> None:
+        """Every rank has updated them."""
 
-    def forget(self) -> None:
-        for place in self.places:
-            place.param.grad = None
+    def finish(self, tied: bool) -> list[nn.Parameter]:
+        return [place.param for place in self.places]
 
 
 class ShardedParam:
@@ -142,7 +144,7 @@ class ShardedParam:
         """The parameter or its gradient as rows, a view."""
         return x.view(self.rows_shape)
 
-    def reduce(self, plan: StepPlan) -> None:
+    def reduce(self, tied: bool) -> None:
         """Send the gradient to the owners of its rows."""
         if self.touched is not None:
             self.pending = self._reduce_touched_rows()
@@ -161,22 +163,22 @@ class ShardedParam:
         nothing = grad_RC.new_empty(0, dtype=torch.int32)
         return self.comms.reduce_scatter_rows(grad_RC, torch.cat([nothing, *self.touched]))
 
-    def update(self, plan: StepPlan) -> None:
-        """With the sum of all ranks' gradients, update the own rows; send them to all ranks."""
-        rows = self.rows_of(self.param.data)
+    def shards(self, tied: bool) -> list[Shard]:
+        """The own rows, with the sum of all ranks' gradients, which is waited for."""
+        self.rows = self.rows_of(self.param.data)
         (rule,) = self.rules.values()
-        rule.update(rows[self.own], self.pending.wait(), plan)
-        self.pending = self.comms.all_gather_(rows)
+        return [Shard(rule, self.rows[self.own], self.pending.wait())]
 
-    def finish(self, plan: StepPlan) -> None:
-        """Receive the other ranks' rows, and forget the gradient."""
+    def send(self) -> None:
+        """The own rows, updated, to all ranks."""
+        self.pending = self.comms.all_gather_(self.rows)
+
+    def finish(self, tied: bool) -> list[nn.Parameter]:
+        """Receive the other ranks' rows; gives the parameters whose gradients are used up."""
         self.pending.wait()
-        self.forget()
-
-    def forget(self) -> None:
-        self.param.grad = None
         if self.touched is not None:
             self.touched.clear()
+        return [self.param]
 
 
 class HeadParam(ShardedParam):
@@ -195,28 +197,28 @@ class HeadParam(ShardedParam):
     def rows_of(self, x: Tensor) -> Tensor:
         return x.mT
 
-    def reduce(self, plan: StepPlan) -> None:
+    def reduce(self, tied: bool) -> None:
         grad_DV = _gradient(self.param)
-        if plan.tied:
+        if tied:
             grad_VD = transpose_add_(_gradient(self.embed), grad_DV)
         else:
             grad_VD = transpose(grad_DV)
         self.pending = self.comms.reduce_scatter(grad_VD)
 
-    def update(self, plan: StepPlan) -> None:
+    def shards(self, tied: bool) -> list[Shard]:
         """Tied, the rows are received as embed's; else they only pass through a tensor like it."""
-        rows_VD = self.embed.data if plan.tied else torch.empty_like(self.embed)
-        own = rows_VD[self.own]
+        self.rows = self.embed.data if tied else torch.empty_like(self.embed)
+        own = self.rows[self.own]
         own.copy_(transpose(self.param.data[:, self.own]))
         (rule,) = self.rules.values()
-        rule.update(own, self.pending.wait(), plan)
-        self.pending = self.comms.all_gather_(rows_VD)
+        return [Shard(rule, own, self.pending.wait())]
 
-    def finish(self, plan: StepPlan) -> None:
+    def finish(self, tied: bool) -> list[nn.Parameter]:
         self.param.data.copy_(transpose(self.pending.wait()))
-        self.forget()
-        if plan.tied:
-            self.embed.grad = None
+        return [self.param, self.embed] if tied else [self.param]
+
+
+Item = ReplicatedParams | ShardedParam
 
 
 def _rule(place: Placement, config: OptimConfig, weight: Tensor, first: int) -> UpdateRule:
@@ -229,6 +231,14 @@ def _gradient(param: nn.Parameter) -> Tensor:
     if param.grad is None:
         param.grad = torch.zeros_like(param)
     return param.grad
+
+
+def _share_launches(a: Item, b: Item) -> bool:
+    """Two banks whose products over the short side can be one: those of attention and MLP."""
+    (a, *_), (b, *_) = a.places, b.places
+    if not a.kind == b.kind == "matrices" or a.param.dtype != b.param.dtype:
+        return False
+    return min(a.rows_shape[1:]) == min(b.rows_shape[1:])
 
 
 class Optimizer:
@@ -249,23 +259,33 @@ class Optimizer:
         params = dict(named_parameters)
         places = placements(params.items(), config, comms.world_size)
         small = [place for place in places if place.kind == "replicated"]
-        # The order of communication and of work: that of this list.
-        self.order: list[ReplicatedParams | ShardedParam] = []
-        if small:
-            self.order.append(ReplicatedParams(small, config, comms))
+        items: list[Item] = [ReplicatedParams(small, config, comms)] if small else []
         for place in places[len(small) :]:
             if place.kind == "columns":
-                self.order.append(HeadParam(place, params[EMBED], config, comms))
+                items.append(HeadParam(place, params[EMBED], config, comms))
             else:
-                self.order.append(ShardedParam(place, config, comms))
+                items.append(ShardedParam(place, config, comms))
+        # The order of communication and of work: that of this list. What is grouped in it is
+        # updated together.
+        self.order: list[list[Item]] = []
+        for item in items:
+            if self.order and _share_launches(self.order[-1][0], item):
+                self.order[-1].append(item)
+            else:
+                self.order.append([item])
         self.params = params
-        self.rules = {name: rule for item in self.order for name, rule in item.rules.items()}
+        self.rules = {name: rule for item in items for name, rule in item.rules.items()}
         self.can_tie = any(place.kind == "columns" for place in places)
         self.sparse = {
             item.places[0].name: item.touched
-            for item in self.order
+            for item in items
             if isinstance(item, ShardedParam) and item.touched is not None
         }
+        device = next(iter(params.values())).device if params else torch.device("cpu")
+        self.numbers = StepNumbers(self.rules.values(), device)
+        self.graphs = None
+        if config.cuda_graph and device.type == "cuda":
+            self.graphs = StepGraphs()
 
     def touched(self, name: str, rows: Tensor) -> None:
         """Rows of table `name` in which a micro-batch leaves a gradient; any shape, integers.
@@ -281,24 +301,45 @@ class Optimizer:
 
         The other gradients stay and add up. A missing gradient counts as zero. A parameter's
         update runs while gradients of the next ones and weights of the ones before are on their
-        way. `reduce` may come earlier: a backward pass could call it as soon as a gradient is
-        complete.
+        way.
         """
         if (plan.tied or plan.split) and not self.can_tie:
             raise ConfigError(
                 f"schedule.untie_frac: to be tied, {EMBED} (V, D) and {HEAD} (D, V) must both be "
                 "in optim.adam_table and of one type, 16 bits or float32; or set it to 0"
             )
-        due = [item for item in self.order if item.places[0].is_due(plan.adam, plan.tied)]
-        for item in due:
-            item.reduce(plan)
-        for item in due:
-            item.update(plan)
-        for item in due:
-            item.finish(plan)
+        due = [group for group in self.order if group[0].places[0].is_due(plan.adam, plan.tied)]
+        self.numbers.write([r for group in due for i in group for r in i.rules.values()], plan)
+        if self.graphs is None:
+            self._work(due, plan.tied)
+        else:
+            # What is sent by rows makes the host wait for their number, so it stays outside.
+            outside = [group for group in due if self.sparse.keys() & group[0].rules.keys()]
+            inside = [group for group in due if group not in outside]
+            kind = (plan.adam, plan.tied)
+            self.graphs.run(kind, lambda: self._work(inside, plan.tied))
+            self._work(outside, plan.tied)
         if plan.split:  # embed goes on from where they were one
             for name, tensor in self.rules[EMBED].state.items():
                 tensor.copy_(self.rules[HEAD].state[name])
+
+    def _work(self, due: Sequence[Sequence[Item]], tied: bool) -> None:
+        """What the device does in a step: the same for every step of a kind.
+
+        `reduce` may come earlier: a backward pass could call it as soon as a gradient is complete.
+        """
+        for group in due:
+            for item in group:
+                item.reduce(tied)
+        for group in due:
+            shards = [shard for item in group for shard in item.shards(tied)]
+            type(shards[0].rule).update(shards)
+            for item in group:
+                item.send()
+        for group in due:
+            for item in group:
+                for param in item.finish(tied):
+                    self._forget(param)
 
     def snapshot(self) -> list[Tensor]:
         """Copies of parameters, state and buffers, for `restore`; taken before the warm-up."""
@@ -309,8 +350,17 @@ class Optimizer:
         """Put a snapshot back, bitwise, and forget gradients."""
         for t, saved in zip(self._tensors(), snapshot, strict=True):
             t.copy_(saved)
-        for item in self.order:
-            item.forget()
+        for param in self.params.values():
+            self._forget(param)
+        for rows in self.sparse.values():
+            rows.clear()
+
+    def _forget(self, param: nn.Parameter) -> None:
+        """Its gradient. Graphs read gradients where they were at the capture: these keep theirs."""
+        if self.graphs is None:
+            param.grad = None
+        elif param.grad is not None:
+            param.grad.zero_()
 
     def _tensors(self) -> list[Tensor]:
         state = [t for rule in self.rules.values() for t in rule.state.values()]

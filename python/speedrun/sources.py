@@ -17,6 +17,8 @@ from speedrun.batch import MicroBatch
 from speedrun.config import NUM_PARTS, Config, ConfigError, ModelConfig
 from speedrun.corpus import stdlib_corpus, text_corpus
 from speedrun.data import (
+    BYTES,
+    GPT2,
     BatchShape,
     DataFormat,
     Part,
@@ -78,6 +80,14 @@ def model_for(config: Config, format: DataFormat) -> ModelConfig:
             f"{format.tokenizer!r} has {format.vocab_size} tokens: choose data or recipe to fit"
         )
     return dataclasses.replace(config.model, vocab_size=format.vocab_size)
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The config with the vocabulary of its usual data, where it names none."""
+    if config.model.vocab_size is not None:
+        return config
+    data_format = GPT2 if config.data.default == "fineweb" else BYTES
+    return dataclasses.replace(config, model=model_for(config, data_format))
 
 
 def batch_shapes(config: Config, schedule: Schedule) -> list[BatchShape]:

@@ -76,6 +76,7 @@ NOT_TECHNIQUES |= {
     "optim.matrix_rule": "a choice between optimizers",
     "optim.vector_rule": "a choice between optimizers",
     "optim.weight_rounding": "agreement with the public program",
+    "optim.cuda_graph": "how the step runs",
     "optim.replicate_below": "how gradients travel",
     "optim.sparse_rows_threshold": "how gradients travel",
 }

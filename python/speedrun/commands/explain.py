@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -15,10 +14,9 @@ from torch import nn
 from speedrun import estimate, recipes, train
 from speedrun._text_table import text_table
 from speedrun.config import Config, ConfigError
-from speedrun.data import BYTES, GPT2
 from speedrun.estimate import Precision, Work
 from speedrun.schedule import Schedule, StepPlan
-from speedrun.sources import model_for
+from speedrun.sources import with_vocabulary
 
 NOTES = """\
 FLOPs: a multiply-add is 2; matrix products and attention only, nothing that is computed again.
@@ -52,9 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def explain(config: Config, world_size: int) -> dict[str, Any]:
     """Everything that is shown, in bytes, FLOPs, tokens and steps."""
-    if config.model.vocab_size is None:
-        data_format = GPT2 if config.data.default == "fineweb" else BYTES
-        config = dataclasses.replace(config, model=model_for(config, data_format))
+    config = with_vocabulary(config)
     precision = Precision.of(config)
     model = estimate.meta_model(config.model, precision)
     schedule = Schedule(config.schedule)

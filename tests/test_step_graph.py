@@ -1,0 +1,133 @@
+"""The optimizer's step as a graph: launches once recorded do the work of every later step."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from numerics import assert_same_bits
+from speedrun.comms import Comms
+from speedrun.config import AdamRow, MuonRow, OptimConfig
+from speedrun.optim import Optimizer
+from speedrun.schedule import Schedule
+from train_helpers import SPLIT_PLANS, add_gradients, normal
+
+PLANS = Schedule(dataclasses.replace(SPLIT_PLANS.config, num_steps=12))  # split behind step 5
+
+CONFIG = OptimConfig(
+    muon_table=(MuonRow("wide_bank"), MuonRow("tall_bank", lr_muls=(1.0, 2.0)), MuonRow("square")),
+    adam_table=(
+        AdamRow("lm_head", 0.5, 0.95, wd_mul=150.0),
+        AdamRow("embed", 0.5, 0.95, wd_mul=150.0),
+        AdamRow("table", 0.75, 0.95, lr_mul=75.0, wd_mul=5.0, sparse=True),
+        AdamRow("small_*", 0.9, 0.99, lr_mul=5.0, moments="bf16"),
+    ),
+)
+SHAPES = {
+    "wide_bank": (3, 4, 6),
+    "tall_bank": (2, 9, 4),
+    "square": (2, 4, 4),
+    "embed": (7, 6),
+    "lm_head": (6, 7),
+    "table": (15, 4),
+    "small_a": (5,),
+    "small_b": (),
+}
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph for the CPU: the calls of a step, replayed on the very same tensors.
+
+    As with a graph, whatever the host computed is a constant of it, and it can't ask the device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a number"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class RecordedGraphs:
+    """In the place of StepGraphs."""
+
+    def __init__(self):
+        self.graphs = {}
+        self.replayed = []
+
+    def run(self, kind, work):
+        if kind not in self.graphs:
+            with Recording() as self.graphs[kind]:
+                work()
+        else:
+            self.graphs[kind].replay()
+            self.replayed.append(kind)
+
+
+def run(config, dtype, num_steps, graphs=None):
+    """Weights and state after the steps, from gradients that differ in every step."""
+    parameters = {
+        name: nn.Parameter(normal(*shape, seed=i, dtype=dtype))
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    optimizer = Optimizer(parameters.items(), config, Comms())
+    optimizer.graphs = graphs
+    for step in range(num_steps):
+        gradients = {
+            name: normal(*shape, seed=100 * step + i, dtype=dtype)
+            for i, (name, shape) in enumerate(SHAPES.items())
+        }
+        gradients["table"][step % 15 :] = 0  # so that its rows are seen one after the other
+        add_gradients(parameters, gradients)
+        optimizer.step(PLANS.plan(step))
+    return optimizer.snapshot()
+
+
+RULES = {
+    "record": {},
+    "nearest": {"weight_rounding": "nearest", "cautious_decay": False},
+    "gram": {
+        "normuon": dataclasses.replace(CONFIG.normuon, polar_form="gram", polar_precision="fp16")
+    },
+    "s4": {"normuon": dataclasses.replace(CONFIG.normuon, polar_norm="s4")},
+    "muon": {"matrix_rule": "muon", "vector_rule": "adamw"},
+    "adamw": {"matrix_rule": "adamw", "vector_rule": "adamw"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_replayed_steps_are_the_steps(rule, dtype):
+    """Across the split, bit for bit: nothing that changes from step to step is in the launches."""
+    config = dataclasses.replace(CONFIG, **RULES[rule])
+    graphs = RecordedGraphs()
+    plain, replayed = run(config, dtype, 12), run(config, dtype, 12, graphs)
+    assert set(graphs.replayed) == {(False, True), (True, True), (False, False), (True, False)}
+    for expected, found in zip(plain, replayed, strict=True):
+        assert_same_bits(found, expected)
+
+
+def test_a_constant_of_the_host_is_noticed():
+    """This file's graph is one: a number that changes behind the device's back stays as it was."""
+    rate, x = 1.0, torch.zeros(2)
+    with Recording() as graph:
+        x += rate
+    rate = 2.0
+    graph.replay()
+    assert x.tolist() == [2.0, 2.0]
+    with pytest.raises(AssertionError, match="the host reads a number"), Recording():
+        x[0].item()
