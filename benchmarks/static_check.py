@@ -68,6 +68,7 @@ REQUIRED = (
     ("fp8_matmul", "triton", "", ("QGMMA",)),
     ("relu2_mlp", "cuda", "", ("HGMMA", "UTMALDG", "UTMASTG")),
     ("relu2_mlp", "triton", "", ("HGMMA QGMMA",)),
+    ("sym_matmul", "triton", "", ("HGMMA", "st128")),
     ("adam_step", "cuda", "", ("ld128", "st128")),
     ("adam_step", "triton", "", ("ld128", "st128")),
 )
