@@ -5,6 +5,7 @@
 
 #include <climits>
 
+#include "common/ieee.cuh"
 #include "common/int_math.h"
 #include "common/vec.cuh"
 
@@ -26,15 +27,6 @@ constexpr int kPasses = 4;
 
 // 128 x 128: rows of a 128-byte line in both layouts.
 using QuantizeTile = Tile<8, 8>;
-
-// IEEE operations that the compiler may not contract, for the same bits as the reference.
-HOST_DEVICE inline float divide(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fdiv_rn(a, b);
-#else
-  return a / b;
-#endif
-}
 
 HOST_DEVICE inline float round_to_bf16(float x) { return to_float(from_float<__nv_bfloat16>(x)); }
 
