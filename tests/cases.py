@@ -220,3 +220,59 @@ ADAM_STEP_FULL = (
         unseen_frac=0.5,
     ),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class SymCase:
+    """alpha·A·Aᵀ + beta·C of A (batch, n, k); trans: alpha·Aᵀ·A of A (batch, k, n); b: another
+    operand instead of A, with which the product is symmetric too."""
+
+    name: str
+    batch: int
+    n: int
+    k: int
+    why: str
+    trans: bool = False
+    alpha: float = 1.0
+    beta: float = 0.0
+    b: bool = False
+
+
+# For every type, on every backend.
+SYM_MATMUL_SMALL = (
+    SymCase("one_tile", 1, 64, 64, "a whole tile, on the diagonal"),
+    SymCase("edges", 2, 144, 80, "aligned, and tiles are cut on both sides"),
+    SymCase("edges_trans", 2, 144, 80, "the same from the other side", trans=True),
+    SymCase("odd", 3, 65, 33, "no row is aligned"),
+    SymCase("odd_trans", 3, 65, 33, "the same from the other side", trans=True),
+    SymCase("add", 2, 130, 96, "alpha, beta and C", alpha=-0.5, beta=3.0),
+    SymCase("add_trans", 2, 130, 96, "the same from the other side", True, -0.5, 3.0),
+    SymCase("add_nothing", 1, 48, 16, "C alone is left", alpha=0.0, beta=2.0),
+    SymCase("commuting", 2, 80, 80, "two operands", alpha=1.5, beta=0.5, b=True),
+    SymCase("many_tiles", 17, 272, 24, "so many that programs take large tiles"),
+    SymCase("many_tiles_trans", 17, 272, 24, "the same from the other side", trans=True),
+    SymCase("one_row", 2, 1, 70, "a square of a norm"),
+    SymCase("one_column", 2, 40, 1, "an outer product"),
+    SymCase("one", 1, 1, 1, "the smallest"),
+    SymCase("no_k", 2, 5, 0, "sums of nothing: beta·C", beta=2.0),
+    SymCase("no_rows", 2, 0, 5, "nothing to do"),
+    SymCase("no_matrices", 0, 5, 5, "nothing to do"),
+)
+
+
+def _polar_express_products(share: str, batches: tuple[int, int, int]) -> tuple[SymCase, ...]:
+    """Those of the three banks (RECIPE section 4): grams, and polynomials of them."""
+    qk, vo, mlp = batches
+    return (
+        SymCase(f"qk_gram{share}", qk, 256, 768, "wide matrices: XXᵀ"),
+        SymCase(f"vo_gram{share}", vo, 768, 768, "square ones"),
+        SymCase(f"mlp_gram{share}", mlp, 768, 3072, "tall ones: XᵀX", trans=True),
+        SymCase(f"qk_poly{share}", qk, 256, 256, "b·A + c·A²", alpha=0.5, beta=-2.8),
+        SymCase(f"vo_mlp_poly{share}", vo + mlp, 768, 768, "of both banks", False, 0.5, -2.8),
+    )
+
+
+SYM_MATMUL_FULL = (
+    *_polar_express_products("", (64, 24, 24)),
+    *_polar_express_products("_8", (8, 3, 3)),
+)

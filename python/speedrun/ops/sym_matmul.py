@@ -66,9 +66,9 @@ def sym_matmul(
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], a: Tensor) -> None:
     if x.dtype not in DTYPES or x.dtype != a.dtype:
-        allowed = "float16, bfloat16, float32, float64; the same for all"
         raise TypeError(
-            f"sym_matmul: {name} has type {x.dtype}, a {a.dtype}; allowed are {allowed}"
+            f"sym_matmul: {name} has type {x.dtype} and a {a.dtype}; allowed are float16, "
+            f"bfloat16, float32 and float64, one for all"
         )
     if x.shape != shape or x.device != a.device:
         raise ValueError(

@@ -166,7 +166,7 @@ def sym_matmul_out(
 
 
 def static_variants():
-    """What benchmarks/static_check.py compiles: both tiles, layouts and types, with and without C."""
+    """What benchmarks/static_check.py compiles: tiles, layouts and types, with C and without."""
     names = ("a", "b", "c", "out")
     signature = {f"{name}_{kind}_stride": "i64:16" for name in names for kind in ("batch", "row")}
     signature |= {"N": "i32:16", "K": "i32:16", "alpha": "fp32", "beta": "fp32"}
