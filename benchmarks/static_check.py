@@ -75,6 +75,7 @@ REQUIRED = (
     ("sym_matmul", "triton", "", ("HGMMA", "st128")),
     ("adam_step", "cuda", "", ("ld128", "st128")),
     ("adam_step", "triton", "", ("ld128", "st128")),
+    ("polar_express", "cuda", "true>", ("ld128", "st128")),
 )
 
 # What ptxas says when it gives up on what the kernel was written for.

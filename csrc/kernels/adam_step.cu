@@ -1,7 +1,8 @@
 #include <climits>
 
+#include "common/group.cuh"
+#include "common/ieee.cuh"
 #include "common/int_math.h"
-#include "common/vec.cuh"
 #include "kernels/adam_step.h"
 
 namespace speedrun {
@@ -10,10 +11,9 @@ namespace {
 // ---- 1. Tile choice --------------------------------------------------------------------------
 
 // Not yet measured on a GPU: the reasons here are arithmetic, for H100.
-// A thread takes 8 elements at a time: 16 bytes of bf16, 32 of fp32, so 96 bytes in flight of a
-// bf16 parameter with fp32 moments. With 1,024 threads a multiprocessor, which 64 registers allow,
-// that is twice what its share of 3.35 TB/s needs in 600 ns of latency (15 KB).
-constexpr int kGroup = 8;
+// A thread takes a group of 8 elements at a time: 16 bytes of bf16, 32 of fp32, so 96 bytes in
+// flight of a bf16 parameter with fp32 moments. With 1,024 threads a multiprocessor, which 64
+// registers allow, that is twice what its share of 3.35 TB/s needs in 600 ns of latency (15 KB).
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 // A block's elements: two rounds of its threads, for the price of finding its tensor once.
 constexpr int64_t kChunk = 2 * kThreads * kGroup;
@@ -72,66 +72,12 @@ struct Factors {
         cautious(cautious) {}
 };
 
-// Operations that the compiler may not contract, for the same bits as the reference.
-HOST_DEVICE inline float add(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-
-HOST_DEVICE inline float multiply(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-HOST_DEVICE inline float divide_by_root(float a, float b, float eps) {
-#ifdef __CUDA_ARCH__
-  return __fdiv_rn(a, __fadd_rn(__fsqrt_rn(b), eps));
-#else
-  return a / (sqrtf(b) + eps);
-#endif
-}
-
 HOST_DEVICE inline void update_element(float& w, float g, float& m, float& v, const Factors& f) {
   m = add(multiply(add(g, -m), f.weight1), m);
   v = add(multiply(multiply(g, f.weight2), g), multiply(v, f.beta2));
-  float update = multiply(divide_by_root(m, v, f.eps), f.step_size);
+  float update = multiply(divide(m, add(square_root(v), f.eps)), f.step_size);
   if (!f.cautious || multiply(update, w) > 0) update = add(multiply(w, f.decay), update);
   w = add(w, -update);
-}
-
-// The first `count` of kGroup elements, zeros after them; kAligned: all, at a multiple of 16 bytes.
-template <bool kAligned, typename T>
-HOST_DEVICE inline void load_group(const void* tensor, int64_t at, int64_t count,
-                                   float (&values)[kGroup]) {
-  constexpr int kSize = Vec<T>::kSize;
-#pragma unroll
-  for (int i = 0; i < kGroup; i += kSize) {
-    const Vec<T> vec = load_vec<kAligned>(static_cast<const T*>(tensor) + at + i, count - i);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) values[i + j] = to_float(vec.get(j));
-  }
-}
-
-template <bool kAligned, typename T>
-HOST_DEVICE inline void store_group(void* tensor, int64_t at, int64_t count,
-                                    const float (&values)[kGroup]) {
-  constexpr int kSize = Vec<T>::kSize;
-#pragma unroll
-  for (int i = 0; i < kGroup; i += kSize) {
-    Vec<T> vec{};
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) vec.fill(j, from_float<T>(values[i + j]));
-    // An aligned address is counted in vectors, for row_start's reason.
-    T* const start = static_cast<T*>(tensor);
-    T* const target = kAligned ? row_start<true>(start, (at + i) / kSize, kSize) : start + at + i;
-    store_vec<kAligned>(target, vec, count - i);
-  }
 }
 
 // P, M: types of parameter and moments.
