@@ -16,13 +16,9 @@ from numerics import assert_same_bits
 from speedrun import recipes, update_rules
 from speedrun.comms import Comms
 from speedrun.config import ScheduleConfig, Stage
-from speedrun.ops.normuon_step import (
-    join_bits,
-    momentum_step,
-    normuon_step,
-    variance_rescale,
-)
+from speedrun.ops.normuon_step import join_bits, normuon_step, variance_rescale
 from speedrun.optim import Optimizer
+from speedrun.reference.polar_express import momentum_step
 from speedrun.schedule import Schedule
 from train_helpers import add_gradients, from_golden, golden, low_bits
 

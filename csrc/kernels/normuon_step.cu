@@ -90,10 +90,12 @@ struct Elements {
         for (float& each : factors) each = factor;
       }
       update_row(p, update, pass, factors);
-      const int64_t offset = (matrix * p.rows + at_row) * p.cols + col;
+      const auto start = [&](auto* tensor) {
+        return row_start<kAligned>(tensor, matrix * p.rows + at_row, p.cols) + col;
+      };
       const int64_t count = at_row < p.rows ? p.cols - col : 0;
-      store(static_cast<W*>(p.weight) + offset, weights.vecs[pass], count);
-      if constexpr (kLow) store(p.low + offset, low.vecs[pass], count);
+      store(start(static_cast<W*>(p.weight)), weights.vecs[pass], count);
+      if constexpr (kLow) store(start(p.low), low.vecs[pass], count);
     }
   }
 

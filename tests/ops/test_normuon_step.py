@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from numerics import assert_same_bits
-from speedrun.ops.normuon_step import (
-    join_bits,
-    momentum_step,
-    split_bits,
-    variance_rescale,
-    weight_update,
-)
+from speedrun.ops.normuon_step import join_bits, split_bits, variance_rescale, weight_update
+from speedrun.reference.polar_express import momentum_step
 from train_helpers import FLOAT64_NOISE, from_golden, golden, low_bits, normal
 
 BANKS = ["qk_bank", "vo_bank", "mlp_bank"]

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from speedrun.ops.normuon_step import momentum_step
 from speedrun.ops.polar_express import polar_express
-from speedrun.reference.polar_express import COEFFICIENTS
+from speedrun.reference.polar_express import COEFFICIENTS, momentum_step
 from train_helpers import FLOAT64_NOISE, from_golden, golden, normal
 
 SMALLEST, STEPS, SAFETY, CUSHION = 1e-3, 5, 1.02, 0.02  # RECIPE section 4

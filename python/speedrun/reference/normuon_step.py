@@ -1,4 +1,4 @@
-"""NorMuon around the orthogonalisation (arXiv 2510.05491): RECIPE section 4, steps 1, 3 and 4.
+"""NorMuon behind the orthogonalisation (arXiv 2510.05491): RECIPE section 4, steps 3 and 4.
 
 B matrices of M × N in a bank. `low_BMN` holds the low 16 bits of weights whose upper 16 bits are
 the bf16 parameter; it is None where the parameter itself is exact (float32, float64).
@@ -62,14 +62,6 @@ def normuon_step(
         for target, source in ((fp8.row, codes), (fp8.transposed, codes.mT)):
             if target is not None:
                 target.copy_(source)
-
-
-def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float) -> Tensor:
-    """M ← lerp(M, G, 1−μ) in place; returns the Nesterov gradient lerp(G, M, μ)."""
-    g = grad_BMN.to(momentum_BMN.dtype)
-    mu = torch.tensor(mu, dtype=g.dtype).item()  # the public program subtracts the rounded one
-    momentum_BMN.lerp_(g, 1 - mu)
-    return g.lerp(momentum_BMN, mu)
 
 
 def variance_rescale(o_BMN: Tensor, second: Tensor, beta2: float) -> Tensor:

@@ -84,3 +84,26 @@ def round_to_fp8(x, DTYPE: tl.constexpr, SOFTWARE: tl.constexpr):
     """`x` float32 as `DTYPE`, tl.float8e4nv or tl.float8e5: see fp8_bits."""
     MANTISSA: tl.constexpr = 2 if DTYPE == tl.float8e5 else 3
     return fp8_bits(x, MANTISSA, SOFTWARE).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def max_bits(x):
+    """Greatest |x| of a tile as the bits of a float32, NaN above all: integers keep that order."""
+    return tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
+
+
+@triton.jit
+def store_codes(code, out_ptr, out_t_ptr, offset, row, col, rows, cols):
+    """A tile into a matrix (rows, cols) at `offset` and into its transpose; both may be None."""
+    if out_ptr is not None:
+        mask = (row[:, None] < rows) & (col[None, :] < cols)
+        tl.store(out_ptr + offset + row[:, None] * cols + col[None, :], code, mask=mask)
+    if out_t_ptr is not None:
+        mask = (col[:, None] < cols) & (row[None, :] < rows)
+        ptrs = out_t_ptr + offset + col[:, None].to(tl.int64) * rows + row[None, :]
+        tl.store(ptrs, tl.trans(code), mask=mask)
+
+
+def bytes_of(codes: torch.Tensor | None) -> torch.Tensor | None:
+    """fp8 as uint8, which is what kernels write."""
+    return None if codes is None else codes.view(torch.uint8)

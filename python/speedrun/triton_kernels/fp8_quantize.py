@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from speedrun.triton_kernels._fp8 import casts_in_software, fp8_bits, round_to_bf16, to_float
+from speedrun.triton_kernels._fp8 import (
+    bytes_of,
+    casts_in_software,
+    fp8_bits,
+    max_bits,
+    round_to_bf16,
+    store_codes,
+    to_float,
+)
 
 NUM_WARPS = 8
 TILES = {"TILE_M": 128, "TILE_N": 128}  # rows of 128 bytes in both layouts
@@ -20,24 +28,6 @@ LOOKAHEAD = 3
 MIN_AMAX = 1e-12
 DOWN_HEADROOM = 1.12
 _MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
-
-
-@triton.jit
-def _max_bits(x):
-    """Greatest |x| of a tile as the bits of a float32, NaN above all: integers keep that order."""
-    return tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
-
-
-@triton.jit
-def _store(code, out_ptr, out_t_ptr, offset, row, col, rows, cols):
-    """A tile into a matrix (rows, cols) at `offset` and into its transpose; both may be None."""
-    if out_ptr is not None:
-        mask = (row[:, None] < rows) & (col[None, :] < cols)
-        tl.store(out_ptr + offset + row[:, None] * cols + col[None, :], code, mask=mask)
-    if out_t_ptr is not None:
-        mask = (col[:, None] < cols) & (row[None, :] < rows)
-        ptrs = out_t_ptr + offset + col[:, None].to(tl.int64) * rows + row[None, :]
-        tl.store(ptrs, tl.trans(code), mask=mask)
 
 
 @triton.jit
@@ -70,9 +60,9 @@ def fp8_quantize_kernel(
     x = tl.load(x_ptrs, mask=(row[:, None] < rows) & (col[None, :] < cols), other=0.0)
     x = to_float(x, SOFTWARE)
     if amax_ptr is not None:
-        tl.atomic_max(amax_ptr, _max_bits(x))
+        tl.atomic_max(amax_ptr, max_bits(x))
     code = fp8_bits(tl.div_rn(x, tl.load(scale_ptr)), MANTISSA, SOFTWARE)
-    _store(code, out_ptr, out_t_ptr, batch * rows * cols, row, col, rows, cols)
+    store_codes(code, out_ptr, out_t_ptr, batch * rows * cols, row, col, rows, cols)
 
 
 @triton.jit
@@ -120,7 +110,7 @@ def rms_norm_fp8_quantize_kernel(
         if y_ptr is not None:
             tl.store(y_ptr + offset + row[:, None] * cols + col[None, :], y, mask=mask)
         code = fp8_bits(tl.div_rn(to_float(y, SOFTWARE), scale), 3, SOFTWARE)
-        _store(code, out_ptr, out_t_ptr, offset, row, col, rows, cols)
+        store_codes(code, out_ptr, out_t_ptr, offset, row, col, rows, cols)
 
 
 @triton.jit
@@ -177,7 +167,7 @@ def fp8_refresh_kernel(
     x = to_float(tl.load(x_ptrs, mask=mask, other=0.0), SOFTWARE)
 
     if finds_amax:
-        tl.atomic_max(amax_ptr + own, _max_bits(x))
+        tl.atomic_max(amax_ptr + own, max_bits(x))
         tl.atomic_add(progress_ptr + 1 + matrix, 1)
     else:
         uses_old = is_down & HEADROOM
@@ -198,15 +188,11 @@ def fp8_refresh_kernel(
         offset = layer.to(tl.int64) * rows * cols
         if is_down:
             code = fp8_bits(quotient, 3, SOFTWARE)
-            _store(code, down_ptr, down_t_ptr, offset, row, col, rows, cols)
+            store_codes(code, down_ptr, down_t_ptr, offset, row, col, rows, cols)
         else:
             quotient = to_float(round_to_bf16(quotient, SOFTWARE), SOFTWARE)
             code = fp8_bits(quotient, 3, SOFTWARE)
-            _store(code, up_ptr, up_t_ptr, offset, row, col, rows, cols)
-
-
-def _bytes(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.view(torch.uint8)
+            store_codes(code, up_ptr, up_t_ptr, offset, row, col, rows, cols)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -227,8 +213,8 @@ def fp8_quantize_out(
         fp8_quantize_kernel[grid](
             x,
             scale,
-            _bytes(out),
-            _bytes(out_t),
+            bytes_of(out),
+            bytes_of(out_t),
             None if amax is None else amax.view(torch.int32),
             rows,
             cols,
@@ -253,8 +239,8 @@ def rms_norm_fp8_quantize_out(
             x,
             scale,
             y,
-            _bytes(out),
-            _bytes(out_t),
+            bytes_of(out),
+            bytes_of(out_t),
             rows,
             cols,
             *strides,
@@ -288,10 +274,10 @@ def fp8_refresh_out(
         fp8_refresh_kernel[(2 * num_matrices * tiles,)](
             bank,
             down_amax,
-            _bytes(up),
-            _bytes(up_t),
-            _bytes(down),
-            _bytes(down_t),
+            bytes_of(up),
+            bytes_of(up_t),
+            bytes_of(down),
+            bytes_of(down_t),
             scales,
             amax.view(torch.int32),
             progress,
