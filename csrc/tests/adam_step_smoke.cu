@@ -175,6 +175,29 @@ void run_on_host() {
   }
 }
 
+// Refused before anything is launched; and elements beyond 2^31 have blocks of their own.
+void check_limits() {
+  AdamTensor good{};
+  good.numel = int64_t{768} << 24;
+  good.cols = 768;
+  good.param_dtype = good.moment_dtype = DType::kFloat32;
+  uint8_t flag = 0;
+  int64_t wrong = blocks_of(good) * kChunk != good.numel;
+  good.seen = &flag;
+  wrong += blocks_of(good) * rows_per_block(768) != int64_t{1} << 24;
+  for (const auto& spoil : std::vector<void (*)(AdamTensor&)>{
+           [](AdamTensor& t) { t.param_dtype = DType::kFloat16; },
+           [](AdamTensor& t) { t.moment_dtype = DType::kUInt8; },
+           [](AdamTensor& t) { t.numel = -1; }, [](AdamTensor& t) { t.cols = 0; },
+           [](AdamTensor& t) { t.cols = 767; },
+           [](AdamTensor& t) { t.numel = int64_t{768} << 40; }}) {
+    AdamTensor bad = good;
+    spoil(bad);
+    wrong += launch_adam_step(&bad, 1, kEps, true, nullptr) != cudaErrorInvalidValue;
+  }
+  report("limits", 1, 1, 1, wrong);
+}
+
 void run_on_gpu() {
   std::vector<Problem> all = problems(true);
   std::vector<std::unique_ptr<Device<uint8_t>>> data;
@@ -207,6 +230,7 @@ void run_on_gpu() {
 
 int main() {
   speedrun::run_on_host();
+  speedrun::check_limits();
   int num_devices = 0;
   if (cudaGetDeviceCount(&num_devices) == cudaSuccess && num_devices > 0) {
     speedrun::run_on_gpu();
