@@ -73,6 +73,7 @@ REQUIRED = (
     ("normuon_step", "triton", "second", ("ld128",)),
     ("normuon_step", "triton", "update", ("ld128", "st128")),
     ("sym_matmul", "triton", "", ("HGMMA", "st128")),
+    ("polar_express", "triton", "", ("ld128", "st128")),
     ("adam_step", "cuda", "", ("ld128", "st128")),
     ("adam_step", "triton", "", ("ld128", "st128")),
     ("polar_express", "cuda", "true>", ("ld128", "st128")),

@@ -6,7 +6,7 @@ of the iteration (tall matrices of more than 1,024 rows: see `_standard`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,26 +152,15 @@ def _gram(x: Tensor, r: Tensor, spec: PolarExpress, dtype: torch.dtype) -> Tenso
     return rounded(x @ q if is_tall(x) else q @ x)
 
 
-def orthogonalize(
-    g_BMN: Tensor,
-    coefficients: Sequence[Quintic],
-    dtype: torch.dtype | None = None,
-    *,
-    norm_factor: float = 1.0,
-    eps: float = 1e-7,
-) -> Tensor:
-    """(B, M, N) in `dtype`: `polar_express` with a polynomial of one's own at each step."""
-    spec = PolarExpress(tuple(coefficients), norm_factor=norm_factor, eps=eps)
-    return polar_express(g_BMN, dtype, spec)
-
-
 def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float | Tensor) -> Tensor:
     """M ← lerp(M, G, 1−μ) in place; returns the Nesterov gradient lerp(G, M, μ).
 
     In M's type; μ, a number or 0-d tensor, is rounded to it first, as in the public program.
     """
     g = grad_BMN.to(momentum_BMN.dtype)
-    mu = torch.as_tensor(mu, dtype=torch.float64, device=g.device).to(g.dtype)
+    if not isinstance(mu, Tensor):
+        mu = torch.full((), mu, dtype=torch.float64, device=g.device)
+    mu = mu.to(g.dtype)
     momentum_BMN.lerp_(g, (1 - mu.double()).to(g.dtype))
     return g.lerp(momentum_BMN, mu)
 
