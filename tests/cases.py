@@ -276,3 +276,44 @@ SYM_MATMUL_FULL = (
     *_polar_express_products("", (64, 24, 24)),
     *_polar_express_products("_8", (8, 3, 3)),
 )
+
+
+# For every type, on every backend: banks (B, M, N).
+NORMUON_STEP_SMALL = (
+    ((2, 64, 128), "a wide matrix of one tile"),
+    ((1, 144, 128), "tall, and a cut tile"),
+    ((2, 48, 272), "wide, and the same"),
+    ((3, 33, 25), "tall, and no row is aligned"),
+    ((3, 25, 33), "wide, and the same"),
+    ((1, 600, 8), "more partial sums than a warp has lanes"),
+    ((2, 1, 70), "one row, whose columns are the lines"),
+    ((2, 70, 1), "one column"),
+    ((1, 1, 1), "the smallest"),
+    ((0, 4, 4), "no matrices"),
+    ((2, 0, 5), "no rows"),
+    ((2, 5, 0), "no columns"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormuonCase:
+    """A bank (B, M, N) of bf16 weights with low bits and O in bf16."""
+
+    name: str
+    shape: tuple[int, int, int]
+    why: str
+    second: bool = True
+    fp8: bool = False
+
+
+# The record's banks (RECIPE section 3), whole and the share of one of 8 GPUs.
+NORMUON_STEP_FULL = (
+    NormuonCase("qk", (64, 256, 768), "wide matrices"),
+    NormuonCase("vo", (24, 768, 768), "square ones"),
+    NormuonCase("mlp", (24, 3072, 768), "tall ones"),
+    NormuonCase("qk_8", (8, 256, 768), "8 matrices a GPU"),
+    NormuonCase("vo_8", (3, 768, 768), "3 matrices a GPU: the fewest blocks"),
+    NormuonCase("mlp_8", (3, 3072, 768), "3 matrices a GPU"),
+    NormuonCase("mlp_fp8", (24, 3072, 768), "with both fp8 copies for the next forward", fp8=True),
+    NormuonCase("mlp_muon", (24, 3072, 768), "without the variance: one launch", second=False),
+)
