@@ -14,30 +14,31 @@ import torch
 from torch import Tensor
 
 from speedrun.ops.sym_matmul import sym_matmul
-from speedrun.reference.polar_express import PolarExpress, is_tall, s4_scale
+from speedrun.reference.polar_express import PolarExpress, is_tall, s4_scale, takes_gram
 
 
 def run_banks(xs: Sequence[Tensor], spec: PolarExpress) -> list[Tensor]:
     """The steps on normalised X (B, M, N), contiguous; what is in them is lost."""
     found: list[Tensor] = list(xs)
-    groups: dict[tuple[int, torch.dtype], list[int]] = {}
+    groups: dict[tuple[int, torch.dtype, bool], list[int]] = {}
     for index, x in enumerate(xs):
         if x.numel():
-            groups.setdefault((min(x.shape[-2:]), x.dtype), []).append(index)
-    for places in groups.values():
+            key = (min(x.shape[-2:]), x.dtype, takes_gram(x, spec))
+            groups.setdefault(key, []).append(index)
+    for (_, _, gram), places in groups.items():
         group = _Group([xs[index] for index in places])
         if spec.norm == "s4":
             group.rescale(spec)
-        results = (_gram if spec.form == "gram" else _standard)(group, spec)
+        results = (_gram if gram else _standard)(group, spec)
         for index, x in zip(places, results, strict=True):
             found[index] = x
     return found
 
 
 class _Group:
-    """Banks of one short side n and type: X, a second buffer for each, and XXᵀ of all, (B, n, n).
+    """Banks of one short side n, type and form: X, a second buffer for each, and XXᵀ of all.
 
-    What Gram matrices are for wide banks, XᵀX is for tall ones, and all is from the right.
+    gram is (B, n, n). What XXᵀ is for wide banks, XᵀX is for tall ones, and all is from the right.
     """
 
     def __init__(self, xs: list[Tensor]) -> None:
@@ -81,10 +82,10 @@ def _standard(group: _Group, spec: PolarExpress) -> list[Tensor]:
 
 
 def _gram(group: _Group, spec: PolarExpress) -> list[Tensor]:
-    """Square matrices too: in this form they cost what they do in the standard one (20 n³ in five
-    steps with a restart), and share the launches of the other banks with their n."""
     r = group.gram
     z, q, product = (torch.empty_like(r) for _ in range(3))
+    wide = torch.promote_types(r.dtype, torch.float32)
+    diagonal = r.new_empty(r.shape[:-1], dtype=wide)
     first = True  # no Q yet
     for step, (a, b, c) in enumerate(spec.coefficients):
         if step in spec.restarts:
@@ -93,7 +94,9 @@ def _gram(group: _Group, spec: PolarExpress) -> list[Tensor]:
             first = True
         sym_matmul(r, alpha=c, beta=b, c=r, out=z)
         if first:
-            q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
+            # By way of float32: torch may round a itself to the type before it adds.
+            diagonal.copy_(z.diagonal(dim1=-2, dim2=-1)).add_(a)
+            q.copy_(z).diagonal(dim1=-2, dim2=-1).copy_(diagonal)
         else:
             sym_matmul(q, z, beta=a, c=q, out=product)
             q, product = product, q

@@ -44,7 +44,6 @@ def sym_matmul(
     if c is None and beta != 0:
         raise ValueError(f"sym_matmul: beta is {beta}, which needs c")
     c = None if beta == 0 else c
-    b = a if b is None else b
     n = a.shape[-1 if trans else -2]
     square = (*a.shape[:-2], n, n)
     if out is None:
@@ -54,6 +53,7 @@ def sym_matmul(
         if x is not None:
             _check(name, x, shape, a)
     a, b, c, out_3d = (x if x is None or x.dim() == 3 else x[None] for x in (a, b, c, out))
+    b = a if b is None else b
     kernel = a.dtype in KERNEL_DTYPES
     backend = choose("sym_matmul", a.device, "sym_matmul_out" if kernel else "", triton=kernel)
     if backend == "torch":

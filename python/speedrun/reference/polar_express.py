@@ -31,9 +31,10 @@ SUM_CHUNK = 8192  # elements of a matrix whose squares make one partial sum of i
 class PolarExpress:
     """What an orthogonalisation computes; the default is the record's.
 
-    form: "standard" or "gram", see `_standard` and `_gram`. restarts: before which steps the Gram
-    form computes XXᵀ anew. norm: what bounds the singular values, ‖X‖_F or "s4", ‖XXᵀ‖_F^½, which
-    is nearer to the largest. ValueError: a form, norm, restart or coefficients that can't be.
+    form: "standard" or "gram": `_standard`, `_gram` and `takes_gram`. restarts: the steps before
+    which the Gram form computes XXᵀ anew. norm: what bounds the singular values, ‖X‖_F or, as "s4",
+    ‖XXᵀ‖_F^½, which is nearer to the largest. ValueError: a form, norm, restart or coefficients
+    that can't be.
     """
 
     coefficients: tuple[Quintic, ...] = COEFFICIENTS
@@ -80,7 +81,7 @@ def polar_express(
     if spec.norm == "s4":
         scale = s4_scale(gram, spec)
         x, gram = rounded(x * scale), rounded(gram * scale.square())
-    iterate = _gram if spec.form == "gram" else _standard
+    iterate = _gram if takes_gram(x, spec) else _standard
     return iterate(x, gram, spec, dtype).to(dtype)
 
 
@@ -100,6 +101,11 @@ def s4_scale(gram: Tensor, spec: PolarExpress) -> Tensor:
 def is_tall(x: Tensor) -> bool:
     """Then XᵀX, from the right, is the smaller of the two products with itself."""
     return x.shape[-2] > x.shape[-1]
+
+
+def takes_gram(x: Tensor, spec: PolarExpress) -> bool:
+    """Square matrices never do: it is as much work for them, and with one restart less accurate."""
+    return spec.form == "gram" and x.shape[-2] != x.shape[-1]
 
 
 def _product_with_itself(x: Tensor) -> Tensor:
@@ -135,9 +141,14 @@ def _gram(x: Tensor, r: Tensor, spec: PolarExpress, dtype: torch.dtype) -> Tenso
 
     With Z = b·R + c·R² a step is Q ← (Z + a·I)·Q, R ← (Z + a·I)·R·(Z + a·I), and X = Q·X at the
     end. a is never added to a rounded Z whose entries it would drown: it multiplies what Z does.
-    Rounding leaves R with eigenvalues below 0, which grow by a² a step: hence the restarts.
+    Rounding leaves R with eigenvalues below 0, which grow by a² a step: hence the restarts. All of
+    R, Z and Q are symmetric; of their products only the lower triangle is used.
     """
     rounded = _rounding_to(dtype)
+
+    def mirrored(t: Tensor) -> Tensor:
+        return t.tril() + t.tril(-1).mT
+
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     q = None
     for step, (a, b, c) in enumerate(spec.coefficients):
@@ -145,10 +156,10 @@ def _gram(x: Tensor, r: Tensor, spec: PolarExpress, dtype: torch.dtype) -> Tenso
             x, q = rounded(x @ q if is_tall(x) else q @ x), None
             r = rounded(_product_with_itself(x))
         z = rounded(torch.baddbmm(r, r, r, beta=b, alpha=c))
-        q = rounded(z + a * eye if q is None else torch.baddbmm(q, q, z, beta=a))
+        q = rounded(z + a * eye if q is None else mirrored(torch.baddbmm(q, q, z, beta=a)))
         if step + 1 < len(spec.coefficients) and step + 1 not in spec.restarts:
-            rz = rounded(torch.baddbmm(r, r, z, beta=a))
-            r = rounded(torch.baddbmm(rz, z, rz, beta=a))
+            rz = rounded(mirrored(torch.baddbmm(r, r, z, beta=a)))
+            r = rounded(mirrored(torch.baddbmm(rz, z, rz, beta=a)))
     return rounded(x @ q if is_tall(x) else q @ x)
 
 

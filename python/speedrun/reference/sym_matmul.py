@@ -18,7 +18,8 @@ def sym_matmul_out(
     """Writes alpha·A·Bᵀ + beta·C (trans: a and b are (B, K, N), and it is alpha·Aᵀ·B + beta·C).
 
     On a CPU 16-bit types are multiplied and summed in fp32 and rounded once. On a GPU cuBLAS does
-    the same, with nothing allocated; it computes both triangles.
+    the same. Both triangles are computed; where b isn't a, the lower one counts and is mirrored:
+    rounded matrices commute only nearly, and what isn't symmetric grows from product to product.
     """
     left, right = (a_BNK.mT, b_BNK) if trans else (a_BNK, b_BNK.mT)
     wide = out_BNN
@@ -28,5 +29,7 @@ def sym_matmul_out(
     start = wide if c_BNN is None else c_BNN.to(wide.dtype)  # not read where beta is 0
     beta = 0.0 if c_BNN is None else beta
     torch.baddbmm(start, left, right, beta=beta, alpha=alpha, out=wide)
+    if b_BNK is not a_BNK:
+        wide.tril_().add_(wide.tril(-1).mT)
     if wide is not out_BNN:
         out_BNN.copy_(wide)
