@@ -5,12 +5,13 @@ with the reason, which the benchmark prints. Nothing of these projects is in thi
 
     cuBLASLt         torch._scaled_mm
     Inductor         torch.compile on our reference
-    modded-nanogpt   triton_kernels.py of a folder named by --modded-nanogpt
+    modded-nanogpt   triton_kernels.py and train_gpt.py of a folder named by --modded-nanogpt
     quack, Liger, DeepGEMM   the packages quack, liger_kernel and deep_gemm, if installed
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -72,6 +73,21 @@ def _modded_nanogpt_module(folder: Path) -> ModuleType:
     except Exception as problem:
         raise Missing(f"{path} can't be imported: {problem}") from problem
     return module
+
+
+def modded_nanogpt_optimizer(name: str) -> Callable:
+    """A static method of NorMuonAndAdam in modded-nanogpt's train_gpt.py, which can't be imported:
+    it is a whole run."""
+    folder = _settings["modded_nanogpt"]
+    _need(folder is not None, "no folder named by --modded-nanogpt")
+    path = Path(folder) / "train_gpt.py"
+    _need(path.is_file(), f"there is no {path}")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            found: dict[str, object] = {"torch": torch, "Tensor": Tensor}
+            exec(compile(ast.Module([node], []), str(path), "exec"), found)
+            return found[name].__func__
+    raise Missing(f"{path} has no {name}")
 
 
 def inductor(function: Callable, *arguments: object, **options: object) -> Callable[[], object]:
