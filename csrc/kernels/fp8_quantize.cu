@@ -34,12 +34,7 @@ HOST_DEVICE inline void add_squares(const Rows<T>& rows, float (&sums)[kPasses])
 HOST_DEVICE inline void to_factors(float (&sums)[kPasses], float inverse_cols, float eps) {
 #pragma unroll
   for (float& sum : sums) {
-#ifdef __CUDA_ARCH__
-    sum = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fmul_rn(sum, inverse_cols), eps)));
-#else
-    const volatile float mean = sum * inverse_cols;  // no contraction on the host either
-    sum = 1.0f / std::sqrt(mean + eps);
-#endif
+    sum = divide(1.0f, square_root(add(multiply(sum, inverse_cols), eps)));
   }
 }
 

@@ -265,6 +265,7 @@ def rescaled(o, second, beta2=BETA2):
     weight = torch.zeros(o.shape, device=DEVICE)
     minus_one = torch.full((len(o),), -1.0, dtype=FP64, device=DEVICE)
     normuon_step(weight, None, o.to(DEVICE), second, minus_one, 0.0, beta2=beta2)
+    assert_same_bits(weight.to(o.dtype).float(), weight)  # it was rounded to its type
     return weight.to(o.dtype)
 
 
