@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "common/reduce.cuh"
 #include "kernels/fp8_quantize.cuh"
 #include "kernels/fp8_quantize.h"

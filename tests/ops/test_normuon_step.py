@@ -289,6 +289,15 @@ def test_variance_of_zeros_is_zero(backend, dtype):
     assert (second > 0).flatten().tolist() == [False, True] + 6 * [False]
 
 
+def test_least_variance(backend):
+    """A row of 1e−6 is divided by √1e−10, not by its own √1e−13."""
+    o = torch.ones(1, 4, 2)
+    o[0, 1] = 1e-6
+    found = rescaled(o, torch.zeros(1, 4, 1, device=DEVICE)).cpu()
+    expected = (1e-6 / 1e-10**0.5) / (1 / 0.1**0.5)
+    assert (found[0, 1] / found[0, 0]).tolist() == pytest.approx([expected] * 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30, 1e-30, 1e-44, -0.0])
 def test_extreme_updates(backend, value):
     """The second matrix must not see what is in the first."""
