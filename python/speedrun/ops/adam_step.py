@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from speedrun.ops._checks import check_tensor
 from speedrun.ops._dispatch import choose
 from speedrun.ops._library import define
 from speedrun.reference import adam_step as reference
@@ -77,18 +78,7 @@ def _check(tensor: AdamTensor, index: int, device: torch.device) -> None:
     for name, (x, x_shape, dtype) in wanted.items():
         if x is None and name == "seen":
             continue
-        if x.dtype != dtype:
-            raise TypeError(f"{where} {name} must be {dtype}, got {x.dtype}")
-        if x.shape != x_shape or x.device != device:
-            raise ValueError(
-                f"{where} {name} must be {tuple(x_shape)} on {device}, got {tuple(x.shape)} on "
-                f"{x.device}"
-            )
-        if name != "grad" and not x.is_contiguous():
-            raise ValueError(
-                f"{where} {name} must be contiguous, got strides {x.stride()} for "
-                f"{tuple(x.shape)}; make it so where it is allocated"
-            )
+        check_tensor(f"{where} {name}", x, x_shape, dtype, device, contiguous=name != "grad")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{where} {name} must be in [0, 1), got {beta}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from speedrun.ops._checks import check_tensor
 from speedrun.ops._dispatch import choose
 from speedrun.ops._library import define
 from speedrun.reference import normuon_step as reference
@@ -98,8 +99,8 @@ def normuon_step(
 def _check(weight, low, o, second, lr, decay_lr, wd, fp8) -> None:
     if weight.dtype not in DTYPES or o.dtype not in O_DTYPES:
         raise TypeError(
-            f"normuon_step: weight_BMN must be bfloat16, float32 or float64, and o_BMN one of these "
-            f"or float16; got {weight.dtype} and {o.dtype}"
+            "normuon_step: weight_BMN must be bfloat16, float32 or float64 and o_BMN one of these "
+            f"or float16, got {weight.dtype} and {o.dtype}"
         )
     if weight.dim() != 3:
         raise ValueError(f"normuon_step: weight_BMN must be (B, M, N), got {tuple(weight.shape)}")
@@ -123,21 +124,11 @@ def _check(weight, low, o, second, lr, decay_lr, wd, fp8) -> None:
             "fp8.transposed": (fp8.transposed, (B, N, M), E4M3),
             "fp8.amax": (fp8.amax, (B,), torch.float32),
         }
+    copied = ("o_BMN", "lr_B", "decay_lr_B")  # where they aren't contiguous
     for name, (x, x_shape, dtype) in wanted.items():
-        if x is None:
-            continue
-        if x.dtype != dtype:
-            raise TypeError(f"normuon_step: {name} must be {dtype}, got {x.dtype}")
-        if x.shape != x_shape or x.device != weight.device:
-            raise ValueError(
-                f"normuon_step: {name} must be {tuple(x_shape)} on {weight.device}, got "
-                f"{tuple(x.shape)} on {x.device}"
-            )
-        if not x.is_contiguous() and name not in ("o_BMN", "lr_B", "decay_lr_B"):
-            raise ValueError(
-                f"normuon_step: {name} must be contiguous, got strides {x.stride()} for "
-                f"{tuple(x.shape)}; make it so where it is allocated"
-            )
+        if x is not None:
+            where = f"normuon_step: {name}"
+            check_tensor(where, x, x_shape, dtype, weight.device, contiguous=name not in copied)
 
 
 def _reference_out(
