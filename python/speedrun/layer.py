@@ -18,13 +18,7 @@ from speedrun.gates import Gates, MuddLayer
 from speedrun.ops.attention import AttentionPlan, attention
 from speedrun.ops.attention_epilogue import attention_epilogue
 from speedrun.ops.dc_attention import dc_attention
-from speedrun.ops.qk_norm_rope import (
-    NORM_EPS,
-    key_offset,
-    pair_heads,
-    qk_norm_rope,
-    unpair_heads,
-)
+from speedrun.ops.qk_norm_rope import NORM_EPS, pair_heads, qk_norm_rope, unpair_heads
 from speedrun.ops.relu2_mlp import Fp8Layer, relu2_mlp
 from speedrun.ops.residual_mix import residual_mix
 
@@ -89,8 +83,8 @@ def layer_forward(
         x = residual_mix([(1.0, x), (gates.skip, streams.saved)])
     if spec.attention is not None:
         h = norm(streams.saved if spec.shared_input else x)
-        extra_v = value_terms(config, h, x, streams, weights.ve_gate, mudd)
-        a = attend(config, spec, h, extra_v, gates, weights, plan)
+        extra_v, v_gate = value_terms(config, h, x, streams, weights.ve_gate, mudd)
+        a = attend(config, spec, h, extra_v, v_gate, gates, weights, plan)
         x = mix_attention(x, a, streams, gates, weights, mudd)
     r, p = (weights.r_mlp, weights.p_mlp) if mudd is None else (mudd.r_mlp, mudd.p_mlp)
     return residual_mix([(r, x), (p, relu2_mlp(norm(x), weights.up_FD, weights.down_FD, fp8))])
@@ -124,23 +118,22 @@ def value_terms(
     streams: Streams,
     ve_gate: Tensor | None,
     mudd: MuddLayer | None,
-) -> Tensor | None:
-    """What is added to a layer's values: its gated value embedding, and MUDD's streams."""
-    heads = (config.num_heads, config.head_dim)
-    extra = None
-    if streams.value_embed is not None:
-        if mudd is None:
-            columns = [t[..., :VE_GATE_COLUMNS] for t in (h, streams.value_embed)]
-            gate_PTH = 2 * torch.sigmoid(torch.cat(columns, dim=-1) @ ve_gate.T)
-        else:  # one factor for each half of the heads
-            halves = torch.cat([mudd.ve_low, mudd.ve_high], dim=-1)
-            gate_PTH = halves.repeat_interleave(heads[0] // 2, dim=-1)
-        extra = (streams.value_embed.unflatten(-1, heads) * gate_PTH[..., None]).flatten(-2)
-    if mudd is not None:
-        terms = [(mudd.v_c0, streams.c0), (mudd.v_saved, streams.saved), (mudd.v_x, x)]
-        mixed = residual_mix(terms)
-        extra = mixed if extra is None else extra + mixed
-    return extra
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to a layer's values, (P, T, D), and its factor by head, (P, T, H) or None: its
+    value embedding and gate; with MUDD the gated value embedding and streams in one sum."""
+    ve = streams.value_embed
+    if mudd is None:
+        if ve is None:
+            return None, None
+        columns = [t[..., :VE_GATE_COLUMNS] for t in (h, ve)]
+        return ve, 2 * torch.sigmoid(torch.cat(columns, dim=-1) @ ve_gate.T)
+    extra = residual_mix([(mudd.v_c0, streams.c0), (mudd.v_saved, streams.saved), (mudd.v_x, x)])
+    if ve is not None:  # one factor for each half of the heads
+        halves = torch.cat([mudd.ve_low, mudd.ve_high], dim=-1)
+        gate_PTH = halves.repeat_interleave(config.num_heads // 2, dim=-1)
+        heads = (config.num_heads, config.head_dim)
+        extra = (ve.unflatten(-1, heads) * gate_PTH[..., None]).flatten(-2) + extra
+    return extra, None
 
 
 def attend(
@@ -148,23 +141,28 @@ def attend(
     spec: LayerSpec,
     h: Tensor,
     extra_v: Tensor | None,
+    v_gate: Tensor | None,
     gates: Gates,
     weights: LayerWeights,
     plan: BatchPlan,
 ) -> Tensor:
     """Attention of one layer over its normed input h."""
-    heads = (config.num_heads, config.head_dim)
     w_v, w_o = weights.vo
     w_qkv = torch.cat([weights.qk.flatten(0, 1), w_v])
     qkv = h @ scaled(weights.lambda_qkv, w_qkv).T
-    q, k, v = (t.unflatten(-1, heads) for t in qkv.chunk(3, dim=-1))
-    rotary = plan.rotary[spec.paired]
-    q, k = qk_norm_rope(q, *rotary), qk_norm_rope(k, *rotary)
-    if config.key_offset and spec.window == "long":
-        k = key_offset(k, plan.first_PT)
-    if extra_v is not None:
-        v = v + extra_v.unflatten(-1, heads)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    offset_keys = config.key_offset and spec.window == "long"
+    q, k, v = (
+        t.flatten(0, 1)
+        for t in qk_norm_rope(
+            qkv,
+            *plan.rotary[spec.paired],
+            config.num_heads,
+            offset_keys=offset_keys,
+            first_PT=plan.first_PT,
+            ve_PTD=extra_v,
+            ve_gate_PTH=v_gate,
+        )
+    )
     mask = plan.masks[spec.window, spec.paired]
     if spec.paired:
         y = attention(*(pair_heads(t) for t in (q, k, v)), mask, plan.score_scale)

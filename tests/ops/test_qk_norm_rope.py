@@ -1,4 +1,4 @@
-"""`qk_norm_rope` and its tables against RECIPE section 3, "Attention"."""
+"""`norm_rope` and its tables against RECIPE section 3, "Attention"."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from speedrun.ops.qk_norm_rope import (
     NORM_EPS,
     key_offset,
     pair_heads,
-    qk_norm_rope,
+    norm_rope,
     rotary_frequencies,
     rotary_positions,
     rotary_table,
@@ -56,7 +56,7 @@ def frequencies_of(head_dim):
 def test_definition(num_tokens, head_dim):
     x = normal(num_tokens, 3, head_dim)
     expected = definition(x, range(num_tokens), frequencies_of(head_dim))
-    found = qk_norm_rope(x, *table(num_tokens, head_dim))
+    found = norm_rope(x, *table(num_tokens, head_dim))
     torch.testing.assert_close(found, expected, **FLOAT64_NOISE)
 
 
@@ -72,9 +72,9 @@ def test_frequencies_of_the_public_program(shared_data):
 
 def test_leading_dims_share_the_positions():
     x = normal(2, 9, 3, 16)
-    both = qk_norm_rope(x, *table(9))
+    both = norm_rope(x, *table(9))
     for part in range(2):
-        torch.testing.assert_close(both[part], qk_norm_rope(x[part], *table(9)), rtol=0, atol=0)
+        torch.testing.assert_close(both[part], norm_rope(x[part], *table(9)), rtol=0, atol=0)
 
 
 def test_scores_depend_on_the_distance_only():
@@ -82,42 +82,42 @@ def test_scores_depend_on_the_distance_only():
     q, k = normal(12, 2, 16, seed=1), normal(12, 2, 16, seed=2)
 
     def scores(start):
-        turned = [qk_norm_rope(x, *table(12, start=start)) for x in (q, k)]
+        turned = [norm_rope(x, *table(12, start=start)) for x in (q, k)]
         return torch.einsum("thk,shk->hts", *turned)
 
     torch.testing.assert_close(scores(0), scores(1000), **FLOAT64_NOISE)
-    unturned = torch.einsum("thk,shk->hts", *(qk_norm_rope(x, *table(1)) for x in (q, k)))
+    unturned = torch.einsum("thk,shk->hts", *(norm_rope(x, *table(1)) for x in (q, k)))
     assert (scores(0) - unturned).abs().max() > 0.1
 
 
 def test_length_is_the_root_of_the_head_dim():
     x = normal(6, 2, 16) * 1000
-    lengths = qk_norm_rope(x, *table(6)).norm(dim=-1)
+    lengths = norm_rope(x, *table(6)).norm(dim=-1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 4.0), rtol=1e-9, atol=0)
 
 
 def test_zero_vector_stays_zero():
-    assert qk_norm_rope(torch.zeros(3, 1, 8), *table(3, 8, torch.float32)).eq(0).all()
+    assert norm_rope(torch.zeros(3, 1, 8), *table(3, 8, torch.float32)).eq(0).all()
     assert NORM_EPS == 2**-23
 
 
 def test_bf16_is_normed_in_float32():
     """The squares of 2^70 overflow neither bf16's exponent nor the sum, and come out as ones."""
     x = torch.full((2, 1, 8), 2.0**60, dtype=torch.bfloat16)
-    out = qk_norm_rope(x, *table(2, 8, torch.bfloat16))
+    out = norm_rope(x, *table(2, 8, torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert (out[0] == 1).all()
 
 
 def test_gradients():
     x = normal(5, 2, 8).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: qk_norm_rope(x, *table(5, 8)), x)
+    assert torch.autograd.gradcheck(lambda x: norm_rope(x, *table(5, 8)), x)
 
 
 def test_gradient_is_the_formulas():
     """Back through the rotation, then through the norm: (g − y·mean(g·y))/√(mean(x²) + ε)."""
     x, grad = normal(4, 2, 8).requires_grad_(), normal(4, 2, 8, seed=1)
-    (qk_norm_rope(x, *table(4, 8)) * grad).sum().backward()
+    (norm_rope(x, *table(4, 8)) * grad).sum().backward()
     for t, h in itertools.product(range(4), range(2)):
         g = grad[t, h].clone()
         for pair, f in enumerate(frequencies_of(8)):
@@ -143,12 +143,12 @@ def test_accuracy(dtype):
         return out
 
     exact = formula(x.double(), cos.double(), sin.double())
-    assert_accurate(qk_norm_rope(x, cos, sin), formula(x, cos, sin), exact)
+    assert_accurate(norm_rope(x, cos, sin), formula(x, cos, sin), exact)
 
 
 def test_no_tokens():
     x = torch.zeros(0, 2, 8)
-    assert qk_norm_rope(x, *table(0, 8, torch.float32)).shape == x.shape
+    assert norm_rope(x, *table(0, 8, torch.float32)).shape == x.shape
     assert key_offset(x[None]).shape == (1, 0, 2, 8)
     assert pair_heads(x).shape == (0, 1, 8) and unpair_heads(pair_heads(x)).shape == x.shape
 
@@ -156,7 +156,7 @@ def test_no_tokens():
 def test_compiled():
     cos, sin = table(6, 8)
     assert_compiles(
-        lambda x: pair_heads(key_offset(qk_norm_rope(x, cos, sin)[None])[0]),
+        lambda x: pair_heads(key_offset(norm_rope(x, cos, sin)[None])[0]),
         [normal(6, 2, 8)],
         normal(12, 1, 8, seed=1),
     )
@@ -214,7 +214,7 @@ def test_paired_heads_are_turned_by_their_own_positions():
     x = normal(5, 6, 16)
     cos_sin = rotary_table(rotary_frequencies(16, 1024.0), rotary_positions(5, 6), torch.float64)
     expected = definition(x, lambda t, h: 2 * t + h % 2, frequencies_of(16))
-    torch.testing.assert_close(qk_norm_rope(x, *cos_sin), expected, **FLOAT64_NOISE)
+    torch.testing.assert_close(norm_rope(x, *cos_sin), expected, **FLOAT64_NOISE)
 
 
 @pytest.mark.parametrize("window", [1, 4, 30])

@@ -48,6 +48,14 @@ def round_to_bf16(x, SOFTWARE: tl.constexpr):
 
 
 @triton.jit
+def store_rounded(ptrs, x, mask, SOFTWARE: tl.constexpr):
+    """float32 x, rounded once to the tensor's type, fp16, bf16 or fp32."""
+    if ptrs.dtype.element_ty == tl.bfloat16:
+        x = round_to_bf16(x, SOFTWARE)
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def fp8_bits(x, MANTISSA: tl.constexpr, SOFTWARE: tl.constexpr):
     """Bytes of the fp8 numbers (3 bits of mantissa: e4m3fn, 2: e5m2) nearest to float32 x.
 

@@ -7,20 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from speedrun.triton_kernels._fp8 import interprets, round_to_bf16, to_float
+from speedrun.triton_kernels._fp8 import interprets, store_rounded, to_float
 
 NUM_WARPS = 4
 BLOCK = 1024  # elements a program: 8 a thread, which are 16 bytes of bf16
 # With `seen` a program has whole rows, in steps of as many elements: 3 steps at width 768.
 ROW_TILES = {"TILE_M": 4, "TILE_N": 256}
-
-
-@triton.jit
-def _store(ptrs, x, mask, SOFTWARE: tl.constexpr):
-    """float32 x, rounded once where the tensor is bf16."""
-    if ptrs.dtype.element_ty == tl.bfloat16:
-        x = round_to_bf16(x, SOFTWARE)
-    tl.store(ptrs, x, mask=mask)
 
 
 @triton.jit
@@ -51,9 +43,9 @@ def _update(
     decayed = exact * decay + update
     if CAUTIOUS:
         decayed = tl.where(update * exact > 0, decayed, update)
-    _store(exp_avg_ptr + offset, m, mask, SOFTWARE)
-    _store(exp_avg_sq_ptr + offset, v, mask, SOFTWARE)
-    _store(param_ptr + offset, exact - decayed, mask, SOFTWARE)
+    store_rounded(exp_avg_ptr + offset, m, mask, SOFTWARE)
+    store_rounded(exp_avg_sq_ptr + offset, v, mask, SOFTWARE)
+    store_rounded(param_ptr + offset, exact - decayed, mask, SOFTWARE)
 
 
 @triton.jit
