@@ -285,7 +285,7 @@ NORMUON_STEP_SMALL = (
     ((2, 48, 272), "wide, and the same"),
     ((3, 33, 25), "tall, and no row is aligned"),
     ((3, 25, 33), "wide, and the same"),
-    ((1, 600, 8), "more partial sums than a warp has lanes"),
+    ((1, 2064, 8), "more partial sums than a block adds at once"),
     ((2, 1, 70), "one row, whose columns are the lines"),
     ((2, 70, 1), "one column"),
     ((1, 1, 1), "the smallest"),
@@ -316,4 +316,106 @@ NORMUON_STEP_FULL = (
     NormuonCase("mlp_8", (3, 3072, 768), "3 matrices a GPU"),
     NormuonCase("mlp_fp8", (24, 3072, 768), "with both fp8 copies for the next forward", fp8=True),
     NormuonCase("mlp_muon", (24, 3072, 768), "without the variance: one launch", second=False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolarCase:
+    """Banks (B, M, N) that are orthogonalised in one call."""
+
+    name: str
+    banks: tuple[tuple[int, int, int], ...]
+    why: str
+
+
+POLAR_EXPRESS_SMALL = (
+    PolarCase("small", ((2, 64, 192), (1, 96, 96), (2, 200, 64)), "wide, square and tall together"),
+)
+# The three banks of training (RECIPE section 4), whole and one GPU's share of 8.
+POLAR_EXPRESS_FULL = tuple(
+    PolarCase(f"{name}{part}", tuple((b // share, m, n) for b, m, n in banks), why)
+    for share, part in ((1, ""), (8, "_8"))
+    for name, banks, why in (
+        ("qk", ((64, 256, 768),), "small products: launches and idle SMs count"),
+        ("vo", ((24, 768, 768),), "square"),
+        ("mlp", ((24, 3072, 768),), "tall"),
+        ("all", ((64, 256, 768), (24, 768, 768), (24, 3072, 768)), "a step; n = 768 is shared"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixCase:
+    """Streams of `tokens` rows that are mixed; the first one's width is the sum's."""
+
+    name: str
+    tokens: int
+    widths: tuple[int, ...]
+    why: str
+
+
+# For every type, on every backend.
+RESIDUAL_MIX_SMALL = (
+    MixCase("aligned", 40, (128, 128, 128), "rows of whole vectors, several programs"),
+    MixCase("narrow", 33, (96, 96, 96, 24, 96), "a bigram embedding of fewer columns between"),
+    MixCase("odd", 7, (65, 65, 33), "no row is aligned"),
+    MixCase("one_term", 5, (48,), "a factor and a norm"),
+    MixCase("many_terms", 3, (32,) * 8, "more than the model has"),
+    MixCase("wide_rows", 3, (5000, 5000, 1), "a row a program; a column"),
+    MixCase("one_column", 4, (1, 1), "a norm of one number"),
+    MixCase("one_row", 1, (96, 96, 48), "one token"),
+    MixCase("empty", 0, (96, 96), "no tokens"),
+)
+
+# What a layer of the record does (RECIPE section 3), at the three stages' tokens.
+RESIDUAL_MIX_FULL = tuple(
+    MixCase(f"{kind}_{stage}", tokens, (768,) * num_terms, why)
+    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for kind, num_terms, why in (
+        ("attention", 4, "behind attention: x, its output, x0, bigram embedding; and the norm"),
+        ("mlp", 2, "behind the MLP: x, its output; and the next layer's norm"),
+        ("mudd", 6, "behind the last layer: six streams; and the head's norm"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsCase:
+    """Attention of P parts of T tokens, heads of width K (queries, keys) and E (values).
+
+    offset: partial key offset; first: some tokens begin documents; paired: heads turn by positions
+    of their own; ve, gate: a value embedding, and its gate."""
+
+    name: str
+    parts: int
+    tokens: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    why: str
+    offset: bool = False
+    first: bool = False
+    paired: bool = False
+    ve: bool = False
+    gate: bool = False
+
+
+# For every type, on every backend.
+QK_NORM_ROPE_SMALL = (
+    HeadsCase("whole_block", 1, 16, 2, 128, 128, "rows are whole programs"),
+    HeadsCase("cut", 2, 11, 3, 64, 64, "the last program is cut, and parts end within one"),
+    HeadsCase("narrow", 1, 13, 6, 96, 128, "widths that differ, one no power of two", gate=True),
+    HeadsCase("gated", 2, 7, 3, 128, 128, "value embedding with a gate", ve=True, gate=True),
+    HeadsCase("added", 2, 7, 3, 128, 64, "value embedding as it is", ve=True),
+    HeadsCase("paired", 2, 7, 6, 64, 64, "tables of each head's own", paired=True),
+    HeadsCase("offset", 2, 17, 3, 128, 128, "keys from the token before", offset=True),
+    HeadsCase(
+        "all", 2, 17, 4, 96, 64, "everything at once", True, True, True, True, True
+    ),
+    HeadsCase("kept", 3, 9, 2, 64, 64, "keys but across documents", offset=True, first=True),
+    HeadsCase("one_token", 2, 1, 2, 64, 64, "every key keeps its own", offset=True, ve=True),
+    HeadsCase("odd", 2, 5, 3, 20, 6, "widths that are no vectors", True, True, False, True, True),
+    HeadsCase("least", 1, 1, 1, 4, 1, "the smallest"),
+    HeadsCase("no_tokens", 2, 0, 3, 64, 64, "nothing to do", offset=True, ve=True, gate=True),
+    HeadsCase("no_parts", 0, 5, 3, 64, 64, "nothing to do"),
 )

@@ -23,6 +23,7 @@ constexpr Shape kShapes[] = {
     {3, 48, 272},   // wide, the same
     {2, 33, 25},    // nothing aligned
     {2, 25, 33},    // wide, the same
+    {1, 8, 2064},   // more partial sums than a block has threads
     {1, 1, 200},   {1, 200, 1}, {1, 1, 1},
 };
 
