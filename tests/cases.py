@@ -285,7 +285,6 @@ NORMUON_STEP_SMALL = (
     ((2, 48, 272), "wide, and the same"),
     ((3, 33, 25), "tall, and no row is aligned"),
     ((3, 25, 33), "wide, and the same"),
-    ((1, 2064, 8), "more partial sums than a block adds at once"),
     ((2, 1, 70), "one row, whose columns are the lines"),
     ((2, 70, 1), "one column"),
     ((1, 1, 1), "the smallest"),
@@ -361,8 +360,8 @@ RESIDUAL_MIX_SMALL = (
     MixCase("odd", 7, (65, 65, 33), "no row is aligned"),
     MixCase("one_term", 5, (48,), "a factor and a norm"),
     MixCase("many_terms", 3, (32,) * 8, "more than the model has"),
-    MixCase("wide_rows", 3, (5000, 5000, 1), "a row a program; a column"),
-    MixCase("one_column", 4, (1, 1), "a norm of one number"),
+    MixCase("wide_rows", 3, (5000, 5000, 1), "a row a program"),
+    MixCase("two_columns", 64, (2, 1), "a norm of two numbers, a column"),
     MixCase("one_row", 1, (96, 96, 48), "one token"),
     MixCase("empty", 0, (96, 96), "no tokens"),
 )
@@ -404,18 +403,64 @@ class HeadsCase:
 QK_NORM_ROPE_SMALL = (
     HeadsCase("whole_block", 1, 16, 2, 128, 128, "rows are whole programs"),
     HeadsCase("cut", 2, 11, 3, 64, 64, "the last program is cut, and parts end within one"),
-    HeadsCase("narrow", 1, 13, 6, 96, 128, "widths that differ, one no power of two", gate=True),
+    HeadsCase("narrow", 1, 13, 6, 96, 128, "widths that differ, one no power of two"),
     HeadsCase("gated", 2, 7, 3, 128, 128, "value embedding with a gate", ve=True, gate=True),
     HeadsCase("added", 2, 7, 3, 128, 64, "value embedding as it is", ve=True),
     HeadsCase("paired", 2, 7, 6, 64, 64, "tables of each head's own", paired=True),
     HeadsCase("offset", 2, 17, 3, 128, 128, "keys from the token before", offset=True),
-    HeadsCase(
-        "all", 2, 17, 4, 96, 64, "everything at once", True, True, True, True, True
-    ),
+    HeadsCase("all", 2, 17, 4, 96, 64, "everything at once", True, True, True, True, True),
     HeadsCase("kept", 3, 9, 2, 64, 64, "keys but across documents", offset=True, first=True),
     HeadsCase("one_token", 2, 1, 2, 64, 64, "every key keeps its own", offset=True, ve=True),
     HeadsCase("odd", 2, 5, 3, 20, 6, "widths that are no vectors", True, True, False, True, True),
     HeadsCase("least", 1, 1, 1, 4, 1, "the smallest"),
     HeadsCase("no_tokens", 2, 0, 3, 64, 64, "nothing to do", offset=True, ve=True, gate=True),
     HeadsCase("no_parts", 0, 5, 3, 64, 64, "nothing to do"),
+)
+
+# Layers of the record (RECIPE section 3), at the three stages' tokens.
+QK_NORM_ROPE_FULL = tuple(
+    HeadsCase(f"{kind}_{stage}", 1, tokens, 6, 128, 128, why, **options)
+    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for kind, why, options in (
+        ("short", "layers 4, 7: nothing added", {}),
+        ("paired", "layers 0, 5: tables by head", {"paired": True}),
+        ("ve", "layers 1, 8: value embedding", {"ve": True, "gate": True}),
+        ("long", "layer 10: key offset, added values", {"offset": True, "ve": True}),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpilogueCase:
+    """Attention's output (tokens, heads, dim); which of its parts follow."""
+
+    name: str
+    tokens: int
+    heads: int
+    dim: int
+    why: str
+    xsa: bool = True
+    gate: bool = True
+
+
+# For every type, on every backend.
+ATTENTION_EPILOGUE_SMALL = (
+    EpilogueCase("whole_block", 16, 2, 128, "rows are whole programs"),
+    EpilogueCase("cut", 11, 3, 64, "the last program is cut"),
+    EpilogueCase("reduced", 7, 6, 96, "a width that is no power of two"),
+    EpilogueCase("xsa", 9, 3, 128, "no gate", gate=False),
+    EpilogueCase("gate", 9, 3, 128, "no XSA, so v is not read", xsa=False),
+    EpilogueCase("odd", 5, 3, 19, "a width that is no vectors"),
+    EpilogueCase("least", 1, 1, 1, "the smallest"),
+    EpilogueCase("no_tokens", 0, 3, 64, "nothing to do"),
+)
+
+ATTENTION_EPILOGUE_FULL = tuple(
+    EpilogueCase(f"{kind}_{stage}", tokens, 6, 128, why, xsa, gate)
+    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for kind, why, xsa, gate in (
+        ("xsa", "layers 1, 4, 7", True, False),
+        ("both", "layer 3", True, True),
+        ("gate", "layer 10", False, True),
+    )
 )

@@ -214,7 +214,17 @@ def test_every_operation_is_ieee(backend, shape, kind, cautious, nearest):
 @shapes
 @kinds
 def test_accuracy_against_float64(backend, shape, kind):
-    bank = random_bank(shape, kind)
+    assert_accurate_step(random_bank(shape, kind))
+
+
+@pytest.mark.parametrize("shape", [(1, 2064, 2), (1, 2, 2064)], ids=str)
+def test_more_lines_than_a_block_adds_at_once(backend, shape):
+    """129 partial sums."""
+    assert_accurate_step(random_bank(shape))
+
+
+def assert_accurate_step(bank):
+    """By the law of numerics: exact weights and the state."""
     same, exact = clone(bank), clone(bank)
     weight = exact[0].float() if exact[1] is None else join_bits(*exact[:2])
     exact[:4] = weight.double(), None, exact[2].double(), exact[3].double()
