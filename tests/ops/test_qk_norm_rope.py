@@ -1,281 +1,286 @@
-"""`norm_rope` and its tables against RECIPE section 3, "Attention"."""
+"""`qk_norm_rope`, from the projection to attention's inputs, on every backend that is here.
 
-import itertools
-import math
+What it is made of has its own tests: test_rotary.py.
+"""
 
 import pytest
 import torch
 
+from cases import QK_NORM_ROPE_FULL, QK_NORM_ROPE_SMALL
 from numerics import assert_accurate, assert_same_bits
-from op_helpers import assert_compiles, assert_same_with_gradients
-from speedrun.ops.attention import attention, plan_attention
+from op_helpers import run_with_gradients
+from speedrun import ops
+from speedrun.ops._dispatch import Unavailable, library_problem
 from speedrun.ops.qk_norm_rope import (
-    NORM_EPS,
-    key_offset,
+    KERNEL_DTYPES,
     pair_heads,
-    norm_rope,
+    qk_norm_rope,
     rotary_frequencies,
     rotary_positions,
     rotary_table,
     unpair_heads,
-    yarn,
 )
-from train_helpers import FLOAT64_NOISE, golden, normal
+from speedrun.reference import qk_norm_rope as reference
+from train_helpers import FLOAT64_NOISE, normal
+
+BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+CASES = {case.name: case for case in QK_NORM_ROPE_SMALL}
+small = pytest.mark.parametrize("case", QK_NORM_ROPE_SMALL, ids=lambda case: case.name)
+types = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+# Interpreted kernels overflow and divide where NumPy warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 
 
-def definition(x_THK, positions, frequencies):
-    """Element by element, in Python's floats. `positions`: of each token, or (t, h) -> number."""
-    position = positions if callable(positions) else lambda t, h: positions[t]
-    out = torch.zeros_like(x_THK)
-    T, H, K = x_THK.shape
-    for t in range(T):
-        for h in range(H):
-            x = x_THK[t, h].tolist()
-            norm = math.sqrt(sum(value * value for value in x) / K + 2**-23)
-            y = [value / norm for value in x]
-            for pair in range(K // 4):
-                a, b = y[2 * pair], y[2 * pair + 1]
-                theta = position(t, h) * frequencies[pair]
-                y[2 * pair] = a * math.cos(theta) + b * math.sin(theta)
-                y[2 * pair + 1] = b * math.cos(theta) - a * math.sin(theta)
-            out[t, h] = torch.tensor(y, dtype=torch.float64)
-    return out
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    if request.param == "cuda" and library_problem():
+        pytest.skip(library_problem())
+    with ops.use_backend(request.param):
+        yield request.param
 
 
-def table(num_tokens, head_dim=16, dtype=torch.float64, start=0):
-    positions = torch.arange(start, start + num_tokens)[:, None]
-    return rotary_table(rotary_frequencies(head_dim, 1024.0), positions, dtype)
+class Inputs:
+    """Random tensors of a case: those with gradients, the tables, and first tokens."""
+
+    def __init__(self, case, dtype, seed=0):
+        P, T, H, K, E = case.parts, case.tokens, case.heads, case.head_dim, case.value_dim
+        sizes = [(P, T, H * (2 * K + E))]
+        sizes += [(P, T, H * E)] * case.ve + [(P, T, H)] * case.gate
+        self.tensors = [normal(*s, seed=seed + i, dtype=dtype) for i, s in enumerate(sizes)]
+        self.grads = [normal(P, T, H, e, seed=seed + 9 + e, dtype=dtype) for e in (K, K, E)]
+        positions = rotary_positions(T, H if case.paired else 0)
+        self.tables = rotary_table(rotary_frequencies(K, 1024.0), positions, dtype)
+        self.first = None
+        if case.first:
+            generator = torch.Generator().manual_seed(seed)
+            self.first = (torch.rand(P, T, generator=generator) < 0.3).to(DEVICE)
+        for name in ("tensors", "grads", "tables"):
+            setattr(self, name, [x.to(DEVICE) for x in getattr(self, name)])
+        self.case = case
+
+    def call(self, qkv, ve=None, gate=None):
+        options = {"offset_keys": self.case.offset, "first_PT": self.first}
+        extra = {"ve_PTD": ve, "ve_gate_PTH": gate}
+        return qk_norm_rope(qkv, *self.tables, self.case.heads, **options, **extra)
+
+    def reference(self, qkv, ve=None, gate=None):
+        cos, sin = (t.to(qkv.dtype) for t in self.tables)
+        keys = (self.case.offset, self.first)
+        return reference.qk_norm_rope(qkv, cos, sin, self.case.heads, *keys, ve, gate)
+
+    def results(self, function, dtype=None):
+        """q, k, v and the gradients, of tensors of `dtype`."""
+        tensors, grads = ([x.to(dtype or x.dtype) for x in t] for t in (self.tensors, self.grads))
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        return [x.detach() for x in out] + list(torch.autograd.grad(out, leaves, grads))
 
 
-def frequencies_of(head_dim):
-    """(1/1024)^linspace(0, 1, d/4), in Python's floats."""
-    return [1024 ** -(i / max(head_dim // 4 - 1, 1)) for i in range(head_dim // 4)]
+def skip_if_cuda_does_not_take(case, backend):
+    if backend == "cuda" and (case.head_dim % 16 or case.value_dim % 8):
+        pytest.skip("the CUDA kernel takes no such widths")
 
 
-@pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 4), (37, 16), (5, 128)])
-def test_definition(num_tokens, head_dim):
-    x = normal(num_tokens, 3, head_dim)
-    expected = definition(x, range(num_tokens), frequencies_of(head_dim))
-    found = norm_rope(x, *table(num_tokens, head_dim))
-    torch.testing.assert_close(found, expected, **FLOAT64_NOISE)
+def assert_law(case, dtype):
+    inputs = Inputs(case, dtype)
+    found = inputs.results(inputs.call)
+    same, exact = inputs.results(inputs.reference), inputs.results(inputs.reference, FP64)
+    assert len(found) == 3 + len(inputs.tensors)
+    for mine, other, wide in zip(found, same, exact, strict=True):
+        assert_accurate(mine, other, wide)
 
 
-def test_frequencies_of_the_public_program(shared_data):
-    schedule, io = golden(shared_data, "schedule.npz"), golden(shared_data, "io.npz")
-    for head_dim, expected in ((128, schedule["rotary_freq"][0]), (16, io["rotary_freq"])):
-        found = rotary_frequencies(head_dim, 1024.0)
-        # The public program keeps its frequencies in float32.
-        torch.testing.assert_close(
-            found, torch.from_numpy(expected), rtol=torch.finfo(torch.float32).eps, atol=0
-        )
+@small
+@types
+def test_accuracy_of_values_and_gradients(case, dtype, backend):
+    skip_if_cuda_does_not_take(case, backend)
+    assert_law(case, dtype)
 
 
-def test_leading_dims_share_the_positions():
-    x = normal(2, 9, 3, 16)
-    both = norm_rope(x, *table(9))
-    for part in range(2):
-        torch.testing.assert_close(both[part], norm_rope(x[part], *table(9)), rtol=0, atol=0)
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", QK_NORM_ROPE_FULL, ids=lambda case: case.name)
+def test_accuracy_at_the_records_shapes(case, backend):
+    assert_law(case, BF16)
 
 
-def test_scores_depend_on_the_distance_only():
-    """q·k of any two tokens stays when all positions move on by the same number."""
-    q, k = normal(12, 2, 16, seed=1), normal(12, 2, 16, seed=2)
-
-    def scores(start):
-        turned = [norm_rope(x, *table(12, start=start)) for x in (q, k)]
-        return torch.einsum("thk,shk->hts", *turned)
-
-    torch.testing.assert_close(scores(0), scores(1000), **FLOAT64_NOISE)
-    unturned = torch.einsum("thk,shk->hts", *(norm_rope(x, *table(1)) for x in (q, k)))
-    assert (scores(0) - unturned).abs().max() > 0.1
-
-
-def test_length_is_the_root_of_the_head_dim():
-    x = normal(6, 2, 16) * 1000
-    lengths = norm_rope(x, *table(6)).norm(dim=-1)
-    torch.testing.assert_close(lengths, torch.full_like(lengths, 4.0), rtol=1e-9, atol=0)
-
-
-def test_zero_vector_stays_zero():
-    assert norm_rope(torch.zeros(3, 1, 8), *table(3, 8, torch.float32)).eq(0).all()
-    assert NORM_EPS == 2**-23
-
-
-def test_bf16_is_normed_in_float32():
-    """The squares of 2^70 overflow neither bf16's exponent nor the sum, and come out as ones."""
-    x = torch.full((2, 1, 8), 2.0**60, dtype=torch.bfloat16)
-    out = norm_rope(x, *table(2, 8, torch.bfloat16))
-    assert out.dtype == torch.bfloat16
-    assert (out[0] == 1).all()
+def test_definition():
+    """Number by number: where each head lies in the projection, whose key is whose, v + gate·ve."""
+    case = CASES["all"]
+    inputs = Inputs(case, FP64)
+    qkv, ve, gate = inputs.tensors
+    q, k, v = inputs.call(qkv, ve, gate)
+    H, K, E = case.heads, case.head_dim, case.value_dim
+    for p in range(case.parts):
+        for t in range(case.tokens):
+            own = t == 0 or inputs.first[p, t]
+            for h in range(H):
+                table = [x[t : t + 1, h : h + 1] for x in inputs.tables]
+                row = qkv[p, t, h * K : (h + 1) * K].view(1, 1, K)
+                expected = reference.norm_rope(row, *table).flatten()
+                torch.testing.assert_close(q[p, t, h], expected, **FLOAT64_NOISE)
+                start = (H + h) * K
+                row = qkv[p, t, start : start + K].view(1, 1, K)
+                expected = reference.norm_rope(row, *table).flatten()
+                x = qkv[p, t if own else t - 1, start : start + K]
+                expected[K // 2 :] = (x / (x.square().mean() + 2**-23).sqrt())[K // 2 :]
+                torch.testing.assert_close(k[p, t, h], expected, **FLOAT64_NOISE)
+                expected = (
+                    qkv[p, t, 2 * H * K + h * E :][:E] + gate[p, t, h] * ve[p, t, h * E :][:E]
+                )
+                torch.testing.assert_close(v[p, t, h], expected, **FLOAT64_NOISE)
 
 
-def test_gradients():
-    x = normal(5, 2, 8).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: norm_rope(x, *table(5, 8)), x)
+@small
+def test_formulas_of_the_gradients(case):
+    """The reference's, which kernels follow, are autograd's."""
+    inputs = Inputs(case, FP64)
+    expected = inputs.results(inputs.reference)[3:]
+    qkv, ve, gate = [*inputs.tensors, None, None][:3]
+    found = [torch.empty_like(x) for x in inputs.tensors]
+    own = found[1:] if case.gate else (None, None)
+    reference.qk_norm_rope_bwd_out(
+        qkv, *inputs.tables, case.heads, case.offset, inputs.first, ve, gate, *inputs.grads,
+        found[0], *own,
+    )  # fmt: skip
+    if case.ve and not case.gate:
+        found[1] = inputs.grads[2].flatten(-2)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **FLOAT64_NOISE)
 
 
-def test_gradient_is_the_formulas():
-    """Back through the rotation, then through the norm: (g − y·mean(g·y))/√(mean(x²) + ε)."""
-    x, grad = normal(4, 2, 8).requires_grad_(), normal(4, 2, 8, seed=1)
-    (norm_rope(x, *table(4, 8)) * grad).sum().backward()
-    for t, h in itertools.product(range(4), range(2)):
-        g = grad[t, h].clone()
-        for pair, f in enumerate(frequencies_of(8)):
-            a, b = grad[t, h, 2 * pair : 2 * pair + 2].tolist()
-            g[2 * pair] = a * math.cos(t * f) - b * math.sin(t * f)
-            g[2 * pair + 1] = a * math.sin(t * f) + b * math.cos(t * f)
-        root = (x[t, h].detach().square().mean() + 2**-23).sqrt()
-        y = x[t, h].detach() / root
-        torch.testing.assert_close(x.grad[t, h], (g - y * (g * y).mean()) / root, **FLOAT64_NOISE)
+def test_results_pair_without_a_copy(backend):
+    if backend == "torch":
+        pytest.skip("the reference's v may be a view of the projection")
+    inputs = Inputs(CASES["paired"], FP32)
+    for x in inputs.call(*inputs.tensors):
+        rows = x.flatten(0, 1)
+        paired = pair_heads(rows)
+        assert paired.data_ptr() == unpair_heads(paired).data_ptr() == rows.data_ptr()
+        assert_same_bits(unpair_heads(paired), rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_accuracy(dtype):
-    """Beside norm and rotation in the same type, from tables of that type."""
-    x, (cos, sin) = normal(64, 3, 16, dtype=dtype), table(64, dtype=dtype)
-
-    def formula(x, cos, sin):
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = (y / (y.square().mean(-1, keepdim=True) + 2**-23).sqrt()).to(x.dtype)
-        out = y.clone()
-        out[..., 0:8:2] = y[..., 0:8:2] * cos + y[..., 1:8:2] * sin
-        out[..., 1:8:2] = y[..., 1:8:2] * cos - y[..., 0:8:2] * sin
-        return out
-
-    exact = formula(x.double(), cos.double(), sin.double())
-    assert_accurate(norm_rope(x, cos, sin), formula(x, cos, sin), exact)
-
-
-def test_no_tokens():
-    x = torch.zeros(0, 2, 8)
-    assert norm_rope(x, *table(0, 8, torch.float32)).shape == x.shape
-    assert key_offset(x[None]).shape == (1, 0, 2, 8)
-    assert pair_heads(x).shape == (0, 1, 8) and unpair_heads(pair_heads(x)).shape == x.shape
+def test_extreme_values(backend):
+    """Squares beyond fp16's and near fp32's range; rows of zeros; a NaN stays in its row, and in
+    the stationary half of the key behind."""
+    case = CASES["offset"]
+    inputs = Inputs(case, BF16)
+    (qkv,) = inputs.tensors
+    qkv[0, 0] = 2.0**60
+    qkv[0, 1] = 0
+    qkv[1, 5, case.heads * 128] = float("nan")  # the first key's first number
+    q, k, v = inputs.call(qkv)
+    assert (q[0, 0].float().square().mean(-1) - 1).abs().max() < 2**-6 and (
+        v[0, 0] == 2.0**60
+    ).all()
+    assert (q[0, 1] == 0).all() and (k[0, 1, :, :64] == 0).all() and (k[0, 2, :, 64:] == 0).all()
+    assert q.isfinite().all() and v.isfinite().all()
+    expected = torch.zeros(k.shape, dtype=torch.bool)
+    expected[1, 5, 0, :64] = expected[1, 6, 0, 64:] = True
+    assert torch.equal(k.isnan().cpu(), expected)
+    for grad in torch.autograd.grad(inputs.call(qkv.requires_grad_()), qkv, inputs.grads):
+        assert grad[0].isfinite().all()
 
 
-def test_compiled():
-    cos, sin = table(6, 8)
-    assert_compiles(
-        lambda x: pair_heads(key_offset(norm_rope(x, cos, sin)[None])[0]),
-        [normal(6, 2, 8)],
-        normal(12, 1, 8, seed=1),
+def test_other_layouts_are_copied(backend):
+    inputs = Inputs(CASES["gated"], BF16)
+    usual = inputs.results(inputs.call)
+    spread = [torch.stack([x, x], dim=-1) for x in inputs.tensors]
+    assert not spread[0][..., 0].is_contiguous()
+    inputs.tensors = spread
+    strided = inputs.results(lambda *tensors: inputs.call(*(t[..., 0] for t in tensors)))
+    for mine, other in zip(strided[:3], usual[:3], strict=True):
+        assert_same_bits(mine.contiguous(), other.contiguous())
+    for mine, other in zip(strided[3:], usual[3:], strict=True):
+        assert_same_bits(mine[..., 0], other)
+
+
+def test_gradients_of_expanded_gradients(backend):
+    """A sum's gradient has strides of 0."""
+    inputs = Inputs(CASES["gated"], FP32)
+    leaves = [t.requires_grad_() for t in inputs.tensors]
+    sum(x.sum() for x in inputs.call(*leaves)).backward()
+    inputs.grads = [torch.ones_like(g) for g in inputs.grads]
+    for leaf, expected in zip(leaves, inputs.results(inputs.call)[3:], strict=True):
+        assert_same_bits(leaf.grad, expected)
+
+
+def test_one_result_alone_has_a_gradient(backend):
+    inputs = Inputs(CASES["offset"], FP32)
+    (qkv,) = inputs.tensors
+    found = run_with_gradients(lambda x: inputs.call(x)[1], [qkv], inputs.grads[1])[1]
+    inputs.grads = [torch.zeros_like(inputs.grads[0]), inputs.grads[1], inputs.grads[2] * 0]
+    assert torch.equal(found, inputs.results(inputs.call)[3])
+
+
+def test_two_runs_are_bitwise_equal(backend):
+    inputs = Inputs(CASES["all"], BF16)
+    for first, second in zip(*(inputs.results(inputs.call) for _ in range(2)), strict=True):
+        assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("name", ["all", "added", "cut"])
+def test_opcheck(name, backend):
+    if backend == "torch":
+        pytest.skip("not behind an operator")
+    inputs = Inputs(CASES[name], FP32)
+    qkv, ve, gate = [*inputs.tensors, None, None][:3]
+    case = inputs.case
+    first = inputs.first if case.offset else None
+    call = (qkv, *inputs.tables, case.heads, case.offset, first, ve, gate)
+    leaves = tuple(
+        x.clone().requires_grad_() if any(x is t for t in inputs.tensors) else x for x in call
     )
+    torch.library.opcheck(torch.ops.speedrun.qk_norm_rope.default, (*leaves, backend))
+    grads = tuple(inputs.grads)
+    torch.library.opcheck(torch.ops.speedrun.qk_norm_rope_bwd.default, (*call, *grads, backend))
+    outs = [torch.empty_like(g) for g in grads]
+    torch.library.opcheck(torch.ops.speedrun.qk_norm_rope_out.default, (*call, *outs))
+    own = [torch.empty_like(x) for x in inputs.tensors] if gate is not None else [None] * 2
+    dqkv = torch.empty_like(qkv)
+    bwd = (*call, *grads, dqkv, *own[-2:])
+    torch.library.opcheck(torch.ops.speedrun.qk_norm_rope_bwd_out.default, bwd)
 
 
-# ---- Partial key offset -------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["all", "added"])
+def test_compiles_without_recompiling(name, backend):
+    inputs = Inputs(CASES[name], FP32)
+    torch._dynamo.reset()
+    compiled = torch.compile(inputs.call, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            inputs.tensors = Inputs(CASES[name], FP32, seed=seed).tensors
+            eager = inputs.results(inputs.call)
+            for mine, other in zip(inputs.results(compiled), eager, strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("first", [None, [[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]]], ids=["leaks", "kept"])
-def test_key_offset(first):
-    """The stationary half of k_t is that of k_{t−1}; the first token of a part, and of a document
-    if `first` says where those begin, keeps its own."""
-    first_PT = None if first is None else torch.tensor(first, dtype=torch.bool)
-
-    def definition(k):
-        parts = []
-        for p in range(2):
-            for t in range(5):
-                own = t == 0 or (first is not None and first[p][t])
-                before = k[p, t if own else t - 1, :, 4:]
-                parts.append(torch.cat([k[p, t, :, :4], before], dim=-1))
-        return torch.stack(parts).view(k.shape)
-
-    assert_same_with_gradients(
-        lambda k: key_offset(k, first_PT), definition, [normal(2, 5, 3, 8)], normal(2, 5, 3, 8)
-    )
-
-
-def test_key_offset_of_one_token():
-    k = normal(2, 1, 3, 8)
-    assert_same_bits(key_offset(k), k)
-
-
-# ---- Paired heads -------------------------------------------------------------------------------
-
-
-def test_places_of_paired_heads():
-    """Heads j and j + H/2 of token t are at 2t and 2t + 1 of sequence j."""
-    x = normal(4, 6, 3)
-    paired = pair_heads(x)
-    assert paired.shape == (8, 3, 3)
-    for t, j in itertools.product(range(4), range(3)):
-        assert_same_bits(paired[2 * t, j], x[t, j])
-        assert_same_bits(paired[2 * t + 1, j], x[t, j + 3])
-    assert_same_bits(unpair_heads(paired), x)
-
-
-def test_positions():
-    assert rotary_positions(3).tolist() == [[0], [1], [2]]
-    # Not the places above: of six heads, 1 and 4 are swapped.
-    assert rotary_positions(2, 6).tolist() == [[0, 1, 0, 1, 0, 1], [2, 3, 2, 3, 2, 3]]
-
-
-def test_paired_heads_are_turned_by_their_own_positions():
-    x = normal(5, 6, 16)
-    cos_sin = rotary_table(rotary_frequencies(16, 1024.0), rotary_positions(5, 6), torch.float64)
-    expected = definition(x, lambda t, h: 2 * t + h % 2, frequencies_of(16))
-    torch.testing.assert_close(norm_rope(x, *cos_sin), expected, **FLOAT64_NOISE)
-
-
-@pytest.mark.parametrize("window", [1, 4, 30])
-def test_paired_attention(window):
-    """Number by number: sequence j has head j at even and head j + H/2 at odd places, documents
-    are doubled, and w + 1 keys of it are seen."""
-    T, H, starts = 9, 6, [0, 4, 5, 9]
-    tensors = [normal(T, H, 4, seed=i) for i in range(3)]
-
-    def by_loops(q, k, v):
-        out = [[None] * H for _ in range(T)]
-        for j, (t, half) in itertools.product(range(H // 2), itertools.product(range(T), range(2))):
-            place = 2 * t + half
-            begin = 2 * max(start for start in starts[:-1] if start <= t)
-            keys = range(max(begin, place - window), place + 1)
-            heads = [(key // 2, j + (H // 2) * (key % 2)) for key in keys]
-            own = q[t, j + (H // 2) * half]
-            exps = [(0.3 * (own * k[at]).sum()).exp() for at in heads]
-            weighted = [e * v[at] for e, at in zip(exps, heads, strict=True)]
-            out[t][j + (H // 2) * half] = sum(weighted) / sum(exps)
-        return torch.stack([torch.stack(row) for row in out])
-
-    plan = plan_attention(2 * torch.tensor(starts, dtype=torch.int32), 2 * T, window, torch.float64)
-
-    def paired(q, k, v):
-        return unpair_heads(attention(*(pair_heads(t) for t in (q, k, v)), plan, 0.3))
-
-    assert_same_with_gradients(paired, by_loops, tensors, normal(T, H, 4, seed=9))
-
-
-# ---- YaRN ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("window", "new_window"), [(384, 896), (96, 160), (100, 100)])
-def test_yarn(window, new_window):
-    """What turns less than once in the old window is slowed by the growth, what turns 32 times
-    stays; d = 128 has some of each and some between."""
-    frequencies, factor = yarn(rotary_frequencies(128, 1024.0), window, new_window)
-    kinds = set()
-    for f, found in zip(frequencies_of(128), frequencies.tolist(), strict=True):
-        rotations = window * f / (2 * math.pi)
-        blend = min(max((rotations - 1) / 31, 0), 1)
-        kinds.add(blend if blend in (0, 1) else "between")
-        expected = f * (window / new_window + blend * (1 - window / new_window))
-        assert found == pytest.approx(expected, rel=1e-14)
-    assert kinds >= {0, "between"} and (1 in kinds) == (window == 384)
-    assert factor == pytest.approx(0.2 * math.log(new_window / window) + 1, rel=1e-14)
-
-
-def test_yarn_of_the_public_program(shared_data):
-    """Its frequencies are float32: some ulps after three steps."""
-    schedule, io = golden(shared_data, "schedule.npz"), golden(shared_data, "io.npz")
-    frequencies, scale = rotary_frequencies(128, 1024.0), 0.1
-    windows = [384, 896, 1408, 1664]
-    for i, expected in enumerate(schedule["rotary_freq"]):
-        if i:
-            frequencies, factor = yarn(frequencies, windows[i - 1], windows[i])
-            scale *= factor
-        tolerance = dict(rtol=2**-22, atol=0)
-        torch.testing.assert_close(frequencies, torch.from_numpy(expected), **tolerance)
-        assert scale == pytest.approx(schedule["score_scale"][i], rel=1e-12)
-    found, factor = yarn(rotary_frequencies(16, 1024.0), 96, 160)
-    torch.testing.assert_close(found, torch.from_numpy(io["rotary_freq_yarn"]), rtol=2**-22, atol=0)
-    assert 0.1 * factor == pytest.approx(io["score_scale_yarn"].item(), rel=1e-12)
+def test_refuses_readably():
+    inputs = Inputs(CASES["gated"], FP32)
+    qkv, ve, gate = inputs.tensors
+    H, (cos, sin) = 3, inputs.tables
+    with pytest.raises(TypeError, match=r"qkv_PTN has type torch\.int32; allowed are float16"):
+        qk_norm_rope(qkv.int(), cos, sin, H)
+    with pytest.raises(TypeError, match=r"cos must be torch\.float32, got torch\.float64"):
+        qk_norm_rope(qkv, cos.double(), sin, H)
+    with pytest.raises(ValueError, match=r"needs qkv_PTN \(P, T, N\).*num_heads=0"):
+        qk_norm_rope(qkv, cos, sin, 0)
+    with pytest.raises(ValueError, match=r"needs qkv_PTN \(P, T, N\).*got \(7, 1152\)"):
+        qk_norm_rope(qkv[0], cos, sin, H)
+    with pytest.raises(ValueError, match=r"1152 columns .* 5 heads' queries and keys of 128"):
+        qk_norm_rope(qkv, cos, sin, 5)
+    with pytest.raises(ValueError, match=r"sin must be \(7, 1, 32\)"):
+        qk_norm_rope(qkv, cos, sin[:5], H)
+    with pytest.raises(ValueError, match=r"ve_PTD must be \(2, 7, 384\)"):
+        qk_norm_rope(qkv, cos, sin, H, ve_PTD=ve[..., :380])
+    with pytest.raises(ValueError, match=r"ve_gate_PTH must be \(2, 7, 3\)"):
+        qk_norm_rope(qkv, cos, sin, H, ve_PTD=ve, ve_gate_PTH=gate[..., :1])
+    with pytest.raises(ValueError, match="ve_gate_PTH without ve_PTD: give both"):
+        qk_norm_rope(qkv, cos, sin, H, ve_gate_PTH=gate)
+    with pytest.raises(TypeError, match=r"first_PT must be torch\.bool, got torch\.int64"):
+        qk_norm_rope(qkv, cos, sin, H, offset_keys=True, first_PT=torch.zeros(2, 7).long())
+    with ops.use_backend("triton"), pytest.raises(Unavailable, match="no Triton version"):
+        qk_norm_rope(qkv.double(), cos.double(), sin.double(), H)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from speedrun.ops._checks import check_tensor
 from speedrun.ops._dispatch import choose
 from speedrun.ops._library import define, define_gradient
 from speedrun.reference import attention_epilogue as reference
@@ -50,17 +51,11 @@ def attention_epilogue_fp8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, out_f8 like it, () float32 max|out|): `attention_epilogue`, and out / scale in e4m3.
 
-    `scale`: a float32 tensor of one element, such as `delayed_scale` of an earlier max. The copy
+    `scale`: a float32 tensor (), such as `delayed_scale` of an earlier max. The copy
     is made of out as it was rounded, as `fp8_quantize` makes it. Only out has a gradient.
     """
     _check("attention_epilogue_fp8", y_THE, v_THE, xsa_TH, gate_TH)
-    if scale.dtype != torch.float32:
-        raise TypeError(f"attention_epilogue_fp8: scale must be float32, got {scale.dtype}")
-    if scale.numel() != 1 or scale.device != y_THE.device:
-        raise ValueError(
-            f"attention_epilogue_fp8: scale must have one element on {y_THE.device}, got shape "
-            f"{tuple(scale.shape)} on {scale.device}"
-        )
+    check_tensor("attention_epilogue_fp8: scale", scale, (), torch.float32, y_THE.device)
     backend = _choose(y_THE)
     if backend == "torch":
         return reference.attention_epilogue_fp8(y_THE, v_THE, xsa_TH, gate_TH, scale.detach())
@@ -93,15 +88,8 @@ def _check(op: str, y: Tensor, v: Tensor, xsa: Tensor | None, gate: Tensor | Non
         raise ValueError(f"{op}: y_THE must be (..., T, H, E), got {tuple(y.shape)}")
     wanted = {"v_THE": (v, y.shape), "xsa_TH": (xsa, y.shape[:-1]), "gate_TH": (gate, y.shape[:-1])}
     for name, (x, shape) in wanted.items():
-        if x is None:
-            continue
-        if x.dtype != y.dtype:
-            raise TypeError(f"{op}: {name} must be {y.dtype} like y_THE, got {x.dtype}")
-        if x.shape != shape or x.device != y.device:
-            raise ValueError(
-                f"{op}: {name} must be {tuple(shape)} on {y.device}, got {tuple(x.shape)} on "
-                f"{x.device}"
-            )
+        if x is not None:
+            check_tensor(f"{op}: {name}", x, shape, y.dtype, y.device, contiguous=False)
 
 
 def _run(name: str, backend: str, arguments: tuple) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from speedrun.ops._checks import check_tensor
 from speedrun.ops._dispatch import choose
 from speedrun.ops._library import define, define_gradient
 from speedrun.reference import qk_norm_rope as reference
@@ -110,13 +111,7 @@ def _check(named: dict[str, Tensor | None], first: Tensor | None, num_heads: int
         if x is None:
             continue
         shape, dtype = shapes.get(name, (P, T)), torch.bool if name == "first_PT" else qkv.dtype
-        if x.dtype != dtype:
-            raise TypeError(f"qk_norm_rope: {name} must be {dtype}, got {x.dtype}")
-        if x.shape != shape or x.device != qkv.device:
-            raise ValueError(
-                f"qk_norm_rope: {name} must be {shape} on {qkv.device}, got {tuple(x.shape)} on "
-                f"{x.device}"
-            )
+        check_tensor(f"qk_norm_rope: {name}", x, shape, dtype, qkv.device, contiguous=False)
     if named["ve_gate_PTH"] is not None and named["ve_PTD"] is None:
         raise ValueError("qk_norm_rope: ve_gate_PTH without ve_PTD: give both or none")
 
