@@ -25,12 +25,24 @@ def compile_variant(kernel, signature: dict, constexprs: dict, options: dict):
     names = [param.name for param in kernel.params]
     if unknown := set(names) ^ (set(signature) | set(constexprs)):
         raise ValueError(f"{kernel.fn.__name__}: signature and constexprs disagree on {unknown}")
-    types, aligned = {}, {}
-    for index, name in enumerate(names):
-        types[name], _, multiple = signature.get(name, "constexpr").partition(":")
+    types, aligned, constants = {}, {}, dict(constexprs)
+
+    def plain_type(text: str | None, *path: int) -> str:
+        if text is None:  # in a tuple: an argument that is None
+            constants[path] = None
+            return "constexpr"
+        kind, _, multiple = text.partition(":")
         if multiple:
-            aligned[(index,)] = [["tt.divisibility", int(multiple)]]
-    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=aligned)
+            aligned[path] = [["tt.divisibility", int(multiple)]]
+        return kind
+
+    for index, name in enumerate(names):
+        given = signature.get(name, "constexpr")
+        if isinstance(given, tuple):
+            types[name] = tuple(plain_type(text, index, i) for i, text in enumerate(given))
+        else:
+            types[name] = plain_type(given, index)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget(*HOPPER), options=options)
 
 
