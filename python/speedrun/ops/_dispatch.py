@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cuda", "triton", "torch")
+# What single operators have beside these, for overrides of that operator alone.
+OTHER_BACKENDS = {"attention": ("fa3", "fa4", "fa2", "flex", "sdpa")}
 VERDICTS_PATH = Path(__file__).with_name("verdicts.json")
 TRITON_FOLDER = Path(__file__).parents[1] / "triton_kernels"
 EVERY_OP = "*"
@@ -54,8 +56,10 @@ _used: dict[str, set[str]] = {}
 def use_backend(backend: str, *ops: str) -> Iterator[None]:
     """Runs the named operators (none named: all) on `backend` inside the `with` block."""
     global _forced
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+    for op in ops or (EVERY_OP,):
+        allowed = (*BACKENDS, *OTHER_BACKENDS.get(op, ()))
+        if backend not in allowed:
+            raise ValueError(f"backend {backend!r}: allowed are {', '.join(allowed)}")
     before = _forced
     _forced = {**before, **dict.fromkeys(ops, backend)} if ops else {EVERY_OP: backend}
     try:
@@ -76,15 +80,26 @@ def choose(op: str, device: torch.device, cuda_kernel: str = "", triton: bool = 
     or none for its shape or type); `triton`: whether this call has a Triton version.
     Unavailable: an override names a backend that can't serve the call.
     """
-    forced = _forced.get(op, _forced.get(EVERY_OP))
-    answer = _decide(op, device.type, device.index, cuda_kernel, triton, forced)
-    if answer not in BACKENDS:
-        raise Unavailable(f"{op}: the override asks for backend {forced!r}, but {answer}")
-    _note(op, answer)
+    answer = decide(op, device, cuda_kernel, triton)
+    note(op, answer)
     return answer
 
 
-def _note(op: str, backend: str) -> None:
+def decide(op: str, device: torch.device, cuda_kernel: str = "", triton: bool = False) -> str:
+    """What `choose` would answer, without a note in `backends_used`."""
+    forced = forced_backend(op)
+    answer = _decide(op, device.type, device.index, cuda_kernel, triton, forced)
+    if answer not in BACKENDS:
+        raise Unavailable(f"{op}: the override asks for backend {forced!r}, but {answer}")
+    return answer
+
+
+def forced_backend(op: str) -> str | None:
+    """The override for an operator."""
+    return _forced.get(op, _forced.get(EVERY_OP))
+
+
+def note(op: str, backend: str) -> None:
     _used.setdefault(op, set()).add(backend)
 
 
@@ -95,7 +110,7 @@ def _decide(*call: str | int | bool | None) -> str:
 # Under torch.compile both are called at the trace, and only there: their results are constants of
 # the graph. This is what torch.compiler.assume_constant_result sets; calling that would import the
 # compiler, which takes longer than all of speedrun.
-_note._dynamo_marked_constant = True
+note._dynamo_marked_constant = True
 _decide._dynamo_marked_constant = True
 
 
