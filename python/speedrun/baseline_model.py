@@ -161,7 +161,8 @@ class BaselineGPT(nn.Module):
         `batch.cu_seqlens` are sequences here, and positions count from the start of each.
         """
         num_tokens, dtype = batch.inputs_PT.numel(), self.embed.dtype
-        mask = plan_attention(batch.cu_seqlens, num_tokens, windows.long, dtype)
+        head_dims = (self.config.head_dim, self.config.head_dim)
+        mask = plan_attention(batch.cu_seqlens, num_tokens, windows.long, dtype, head_dims)
         places = torch.arange(num_tokens, device=self.embed.device, dtype=torch.int32)
         sequence = torch.searchsorted(batch.cu_seqlens, places, right=True) - 1
         positions = (places - batch.cu_seqlens[sequence])[:, None]
