@@ -196,7 +196,11 @@ class GPT(nn.Module):
         for window, paired in sorted(kinds):
             length = 2 if paired else 1
             masks[window, paired] = plan_attention(
-                batch.cu_seqlens * length, num_tokens * length, getattr(windows, window), dtype
+                batch.cu_seqlens * length,
+                num_tokens * length,
+                getattr(windows, window),
+                dtype,
+                (config.head_dim, config.head_dim),
             )
         dc_mask = None
         if any(spec.dc for spec in self.layers):
