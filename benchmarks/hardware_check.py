@@ -42,7 +42,16 @@ RECORDS = ROOT / "records" / "hardware"
 TABLES = {"cuda": "operators", "triton": "triton_operators"}  # backend -> where in a record
 
 # What is worth most comes first: a lent machine may be gone before the end.
-PRIORITY = ("fp8_matmul", "relu2_mlp", "fp8_quantize", "transpose", "adam_step", "normuon_step")
+PRIORITY = (
+    "fp8_matmul",
+    "relu2_mlp",
+    "fp8_quantize",
+    "sym_matmul",
+    "polar_express",
+    "transpose",
+    "adam_step",
+    "normuon_step",
+)
 LIMITS_S = {"build": 1500, "test": 600, "check": 300, "bench": 420, "train": 900, "sanitizer": 300}
 LEAST_S = 15  # with less than this left no step is begun
 NO_TESTS = {"good_codes": (0, 5)}  # pytest's 5: there was nothing to do

@@ -6,7 +6,8 @@ with the reason, which the benchmark prints. Nothing of these projects is in thi
     cuBLASLt         torch._scaled_mm
     Inductor         torch.compile on our reference
     modded-nanogpt   triton_kernels.py and train_gpt.py of a folder named by --modded-nanogpt
-    quack, Liger, DeepGEMM   the packages quack, liger_kernel and deep_gemm, if installed
+    quack, Liger, DeepGEMM, dion, gram-newton-schulz   the packages quack, liger_kernel, deep_gemm,
+                     dion and gram_newton_schulz, if installed
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -75,19 +76,83 @@ def _modded_nanogpt_module(folder: Path) -> ModuleType:
     return module
 
 
-def modded_nanogpt_optimizer(name: str) -> Callable:
-    """A static method of NorMuonAndAdam in modded-nanogpt's train_gpt.py, which can't be imported:
-    it is a whole run."""
+def modded_nanogpt_program(name: str, **names: object) -> object:
+    """A function of modded-nanogpt's train_gpt.py, which can't be imported: it is a whole run.
+
+    A static method comes as one. `names`: what else the function uses, beside torch and Tensor.
+    """
     folder = _settings["modded_nanogpt"]
     _need(folder is not None, "no folder named by --modded-nanogpt")
     path = Path(folder) / "train_gpt.py"
     _need(path.is_file(), f"there is no {path}")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            found: dict[str, object] = {"torch": torch, "Tensor": Tensor}
+            found: dict[str, object] = {"torch": torch, "Tensor": Tensor, **names}
             exec(compile(ast.Module([node], []), str(path), "exec"), found)
-            return found[name].__func__
+            return found[name]
     raise Missing(f"{path} has no {name}")
+
+
+def modded_nanogpt_optimizer(name: str) -> Callable:
+    """A static method of NorMuonAndAdam in modded-nanogpt's train_gpt.py."""
+    return modded_nanogpt_program(name).__func__
+
+
+def modded_nanogpt_polar_express(coefficients: Sequence[Sequence[float]]) -> Callable:
+    """Its polar_express(gradient, momentum, μ on the CPU, split_baddbmm), momentum included."""
+    kernels = {name: modded_nanogpt(name) for name in ("XXT", "XTX", "ba_plus_cAA")}
+    return modded_nanogpt_program("polar_express", polar_express_coeffs=coefficients, **kernels)
+
+
+def modded_nanogpt_sym_matmul(
+    a: Tensor, out: Tensor, trans: bool, alpha: float, beta: float
+) -> Callable[[], Tensor]:
+    """Its XXT or XTX; or, where beta isn't 0, ba_plus_cAA of a symmetric `a` which is C too."""
+    kernel = modded_nanogpt("ba_plus_cAA" if beta else "XTX" if trans else "XXT")
+    options = {"alpha": alpha, "beta": beta} if beta else {}
+    return lambda: kernel(a, out=out, **options)
+
+
+def quack_sym_matmul(
+    a: Tensor, out: Tensor, trans: bool, alpha: float, beta: float
+) -> Callable[[], Tensor]:
+    """quack's gemm_symmetric; where beta isn't 0, `a` is symmetric and C too."""
+    module = package("quack.gemm_interface")
+    _need(a.is_cuda, "quack needs a GPU")
+    pair = (a.mT, a) if trans else (a, a.mT)
+    options = {"C": a, "alpha": alpha, "beta": beta} if beta else {}
+
+    def call() -> Tensor:
+        module.gemm_symmetric(*pair, out=out, **options)
+        return out
+
+    return call
+
+
+def dion_sym_matmul(
+    a: Tensor, out: Tensor, trans: bool, alpha: float, beta: float
+) -> Callable[[], Tensor]:
+    """dion's ns_line_1 (A·Aᵀ) and ns_line_2 (of a symmetric `a`, which is C too)."""
+    module = package("dion.newton_schulz_triton")
+    _need(a.is_cuda, "dion's kernels need a GPU")
+    if beta:
+        return lambda: module.ns_line_2(a, alpha=alpha, beta=beta, out=out)
+    operand = a.mT if trans else a
+    return lambda: module.ns_line_1(operand, out=out)
+
+
+def gram_newton_schulz(
+    coefficients: Sequence[Sequence[float]], restarts: Sequence[int], norm_factor: float
+) -> Callable[[Tensor], Tensor]:
+    """gram-newton-schulz with polynomials that make of X/‖X‖ what ours make of X/(‖X‖·factor)."""
+    module = package("gram_newton_schulz")
+    _need(torch.cuda.is_available(), "gram-newton-schulz's kernels need a GPU")
+    a, b, c = coefficients[0]
+    first = [a / norm_factor, b / norm_factor**3, c / norm_factor**5]
+    return module.GramNewtonSchulz(
+        ns_coefficients=[first, *map(list, coefficients[1:])],
+        gram_newton_schulz_reset_iterations=list(restarts),
+    )
 
 
 def inductor(function: Callable, *arguments: object, **options: object) -> Callable[[], object]:
@@ -95,7 +160,8 @@ def inductor(function: Callable, *arguments: object, **options: object) -> Calla
     _need(True, "")
     compiled = torch.compile(function, dynamic=False)
     call = functools.partial(compiled, *arguments, **options)
-    call()
+    with torch._dynamo.config.patch(recompile_limit=1000):  # a case more than 8 would run eagerly
+        call()
     return call
 
 
