@@ -1,16 +1,42 @@
-"""`attention_epilogue` against RECIPE section 3, "XSA" and "Attention gate"."""
+"""`attention_epilogue` against RECIPE section 3, "XSA" and "Attention gate", on every backend."""
 
 import math
 
 import pytest
 import torch
 
-from numerics import assert_accurate, assert_same_bits
+from cases import ATTENTION_EPILOGUE_FULL, ATTENTION_EPILOGUE_SMALL
+from numerics import assert_accurate, assert_same_bits, bits
 from op_helpers import assert_compiles
-from speedrun.ops.attention_epilogue import attention_epilogue
+from speedrun import ops
+from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops.attention_epilogue import (
+    KERNEL_DTYPES,
+    attention_epilogue,
+    attention_epilogue_fp8,
+)
+from speedrun.reference import attention_epilogue as reference
 from train_helpers import FLOAT64_NOISE, normal
 
 T, H, E = 7, 3, 5
+BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+CASES = {case.name: case for case in ATTENTION_EPILOGUE_SMALL}
+small = pytest.mark.parametrize("case", ATTENTION_EPILOGUE_SMALL, ids=lambda case: case.name)
+types = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+# Interpreted kernels overflow and divide where NumPy warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    if request.param == "cuda" and library_problem():
+        pytest.skip(library_problem())
+    with ops.use_backend(request.param):
+        yield request.param
 
 
 def inputs(dtype=torch.float64):
@@ -93,15 +119,17 @@ def test_accuracy(dtype):
         assert (found != exact.to(dtype)).double().mean() < 1e-3
 
 
-def test_extreme_values():
+def test_extreme_values(backend):
     """Squares near float32's largest; α beyond tanh's reach; v too small to count."""
-    large = torch.full((1, 1, 4), 1e15)
-    out = attention_epilogue(large, large, torch.full((1, 1), 100.0))
-    assert (out.abs() <= 1e15 * 2**-22).all()
-    tiny = torch.full((1, 1, 4), 1e-20)
-    assert_same_bits(attention_epilogue(large, tiny, torch.ones(1, 1)), large)
-    zero = torch.zeros(1, 1, 4)
-    assert_same_bits(attention_epilogue(large, zero, torch.ones(1, 1)), large)
+    large = torch.full((1, 1, 8), 1e15, device=DEVICE)
+    one = torch.ones(1, 1, device=DEVICE)
+    for alpha in (100.0, -100.0):
+        out = attention_epilogue(large, large, alpha * one)
+        expected = 0 if alpha > 0 else 2e15
+        assert ((out - expected).abs() <= 1e15 * 2**-21).all()
+    tiny = torch.full_like(large, 1e-20)
+    assert_same_bits(attention_epilogue(large, tiny, one), large)
+    assert_same_bits(attention_epilogue(large, 0 * large, one), large)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
@@ -111,13 +139,207 @@ def test_few_tokens(num_tokens):
     torch.testing.assert_close(out, definition(*tensors), **FLOAT64_NOISE)
 
 
-def test_one_gate_for_all_tokens():
-    """Constant gates come as one row, expanded."""
-    y, v, alpha, gate = inputs()
-    one = [alpha[:1].expand(T, H), gate[:1].expand(T, H)]
-    many = [t.contiguous() for t in one]
-    assert_same_bits(attention_epilogue(y, v, *one), attention_epilogue(y, v, *many))
+def test_one_gate_for_all_tokens(backend):
+    """Constant gates come as one row, expanded, and get the sum of all tokens' gradients."""
+    y, v, alpha, gate = (t.float().to(DEVICE).requires_grad_() for t in inputs())
+    results = []
+    for contiguous in (False, True):
+        one = [t[:1].expand(T, H) for t in (alpha, gate)]
+        out = attention_epilogue(y, v, *([t.contiguous() for t in one] if contiguous else one))
+        results.append([out, *torch.autograd.grad(out.sum(), (y, v, alpha, gate))])
+    for few, many in zip(*results, strict=True):
+        assert_same_bits(few.detach(), many.detach())
 
 
 def test_compiled():
     assert_compiles(attention_epilogue, inputs(), normal(T, H, E, seed=9))
+
+
+# ---- Kernels ------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """Random tensors of a case and the gradient of its result."""
+
+    def __init__(self, case, dtype, seed=0):
+        self.case, rows = case, (case.tokens, case.heads)
+        sizes = [(*rows, case.dim)] * (1 + case.xsa) + [rows] * (case.xsa + case.gate)
+        self.tensors = [
+            normal(*size, seed=seed + i, dtype=dtype).to(DEVICE) for i, size in enumerate(sizes)
+        ]
+        if case.xsa and case.tokens > 2:
+            self.tensors[1][2] *= 1e-6  # |v|² below 1e−8
+            self.tensors[1][1, 0] = 0
+        self.grad = normal(*rows, case.dim, seed=seed + 9, dtype=dtype).to(DEVICE)
+
+    def named(self, tensors):
+        """y, v, α and gate; where there is no XSA, v is y."""
+        tensors = list(tensors)
+        y, v = tensors[0], tensors[1 if self.case.xsa else 0]
+        return y, v, tensors[2] if self.case.xsa else None, tensors[-1] if self.case.gate else None
+
+    def results(self, function, dtype=None):
+        """The output and the gradients, of tensors of `dtype`."""
+        leaves = [t.to(dtype or t.dtype).clone().requires_grad_() for t in self.tensors]
+        out = function(*self.named(leaves))
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.grad.to(out.dtype))]
+
+
+def skip_if_cuda_does_not_take(case, backend):
+    if backend == "cuda" and case.dim % 8:
+        pytest.skip("the CUDA kernel takes no such width")
+
+
+def assert_law(case, dtype):
+    inputs = Inputs(case, dtype)
+    found = inputs.results(attention_epilogue)
+    same = inputs.results(reference.attention_epilogue)
+    exact = inputs.results(reference.attention_epilogue, FP64)
+    for mine, other, wide in zip(found, same, exact, strict=True):
+        assert_accurate(mine, other, wide)
+
+
+@small
+@types
+def test_accuracy_of_values_and_gradients(case, dtype, backend):
+    skip_if_cuda_does_not_take(case, backend)
+    assert_law(case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ATTENTION_EPILOGUE_FULL, ids=lambda case: case.name)
+def test_accuracy_at_the_records_shapes(case, backend):
+    assert_law(case, BF16)
+
+
+@small
+def test_formulas_of_the_gradients(case):
+    """The reference's, which kernels follow, are autograd's, also where |v|² is below 1e−8."""
+    inputs = Inputs(case, FP64)
+    named = inputs.named(inputs.tensors)
+    grads = [None if x is None else torch.empty_like(x) for x in named]
+    reference.attention_epilogue_bwd_out(*named, inputs.grad, *grads)
+    grads = [g for i, g in enumerate(grads) if g is not None and (i != 1 or case.xsa)]
+    expected = inputs.results(reference.attention_epilogue)[1:]
+    for mine, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, other, **FLOAT64_NOISE)
+
+
+@small
+@types
+def test_fp8_copy(case, dtype, backend):
+    """The very bytes of a cast of out, its greatest number, and out's own gradient."""
+    skip_if_cuda_does_not_take(case, backend)
+    inputs, scale = Inputs(case, dtype), torch.tensor(0.003, device=DEVICE)
+    y, v, alpha, gate = inputs.named(t.requires_grad_() for t in inputs.tensors)
+    out, out_f8, amax = attention_epilogue_fp8(y, v, scale, alpha, gate)
+    assert_same_bits(out.detach(), attention_epilogue(y, v, alpha, gate).detach())
+    rows = (-1, max(1, case.dim))
+    expected, _, greatest = ops.fp8_quantize(out.reshape(rows), scale, amax=True)
+    assert_same_bits(bits(out_f8), bits(expected).view(out.shape))
+    assert amax.shape == () and amax.item() == greatest.item()
+    assert case.tokens < 2 or (out_f8.float().abs() == 448).any()  # some are beyond
+    assert out.requires_grad and not out_f8.requires_grad and not amax.requires_grad
+    grads = torch.autograd.grad(out, inputs.tensors, inputs.grad)
+    for mine, other in zip(grads, inputs.results(attention_epilogue)[1:], strict=True):
+        assert_same_bits(mine, other)
+
+
+def test_fp8_copy_alone(backend):
+    """Of a layer without XSA and gate."""
+    y = normal(9, 3, 64, dtype=BF16).to(DEVICE)
+    out, out_f8, amax = attention_epilogue_fp8(y, y, torch.tensor(0.1, device=DEVICE))
+    assert_same_bits(out, y)
+    expected, _, greatest = ops.fp8_quantize(y, torch.tensor(0.1, device=DEVICE), amax=True)
+    assert_same_bits(bits(out_f8), bits(expected))
+    assert amax.item() == greatest.item()
+    y[4, 1, 7] = float("nan")
+    out, out_f8, amax = attention_epilogue_fp8(y, y, torch.tensor(0.1, device=DEVICE))
+    assert amax.isnan() and out_f8.float().isnan().sum() == 1
+
+
+def test_neither_part_is_no_work(backend):
+    y = normal(9, 3, 64).to(DEVICE)
+    assert attention_epilogue(y, y) is y
+
+
+def test_leading_dims_and_layouts(backend):
+    """Parts in front of tokens; y and v of any layout; α and gate transposed."""
+    inputs = Inputs(CASES["cut"], FP32)
+    y, v, alpha, gate = inputs.named(inputs.tensors)
+    expected = attention_epilogue(y, v, alpha, gate)
+    parts = [torch.stack([t, t]) for t in (y, v, alpha, gate)]
+    assert_same_bits(attention_epilogue(*parts)[1], expected)
+    spread = [torch.stack([t, t], dim=-1)[..., 0] for t in (y, v)]
+    turned = [t.T.contiguous().T for t in (alpha, gate)]
+    assert_same_bits(attention_epilogue(*spread, *turned).contiguous(), expected)
+
+
+def test_two_runs_are_bitwise_equal(backend):
+    inputs = Inputs(CASES["whole_block"], BF16)
+    for first, second in zip(*(inputs.results(attention_epilogue) for _ in range(2)), strict=True):
+        assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("name", ["reduced", "xsa", "gate"])
+def test_opcheck(name, backend):
+    if backend == "torch":
+        pytest.skip("not behind an operator")
+    operators, inputs = torch.ops.speedrun, Inputs(CASES[name], FP32)
+    y, v, alpha, gate = inputs.named(inputs.tensors)
+    call = (y, v if inputs.case.xsa else None, alpha, gate)
+    leaves = [None if x is None else x.clone().requires_grad_() for x in call]
+    check = torch.library.opcheck
+    check(operators.attention_epilogue.default, (*leaves, None, backend))
+    check(operators.attention_epilogue_bwd.default, (*call, inputs.grad, backend))
+    empty = [None if x is None else torch.empty_like(x) for x in call]
+    check(operators.attention_epilogue_out.default, (*call, None, empty[0], None, None))
+    check(operators.attention_epilogue_bwd_out.default, (*call, inputs.grad, *empty))
+    scale, amax = torch.tensor(0.1, device=DEVICE), torch.zeros((), device=DEVICE)
+    out_f8 = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+    # Not all tests: torch can't compare fp8 tensors.
+    tests = ("test_autograd_registration", "test_faketensor")
+    for op, more in (
+        (operators.attention_epilogue_out, (scale, empty[0], out_f8, amax)),
+        (operators.attention_epilogue, (scale, backend)),
+    ):
+        check(op.default, (*call, *more), test_utils=tests)
+
+
+def test_compiles_without_recompiling(backend):
+    """Both front doors, in float32: in bf16 Inductor leaves roundings out that it fuses away."""
+    scale = torch.tensor(0.01, device=DEVICE)
+
+    def call(y, v, alpha, gate):
+        out, out_f8, amax = attention_epilogue_fp8(y, v, scale, alpha, gate)
+        more = out_f8.float().mean() + amax  # not for the gradient
+        return attention_epilogue(out, v, alpha, gate) + more
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            inputs = Inputs(CASES["cut"], FP32, seed=seed)
+            eager = inputs.results(call)
+            for mine, other in zip(inputs.results(compiled), eager, strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_refuses_readably():
+    y, v, alpha, gate = inputs(FP32)
+    with pytest.raises(TypeError, match=r"y_THE has type torch\.int32; allowed are float16"):
+        attention_epilogue(y.int(), v)
+    with pytest.raises(ValueError, match=r"y_THE must be \(\.\.\., T, H, E\), got \(3, 5\)"):
+        attention_epilogue(y[0], v[0])
+    with pytest.raises(ValueError, match=r"v_THE must be \(7, 3, 5\) on cpu, got \(6, 3, 5\)"):
+        attention_epilogue(y, v[:6], alpha)
+    with pytest.raises(TypeError, match=r"xsa_TH must be torch\.float32, got torch\.bfloat16"):
+        attention_epilogue(y, v, alpha.bfloat16())
+    with pytest.raises(ValueError, match=r"gate_TH must be \(7, 3\) on cpu, got \(7, 1\)"):
+        attention_epilogue(y, v, None, gate[:, :1])
+    with pytest.raises(TypeError, match=r"scale must be torch\.float32, got torch\.float64"):
+        attention_epilogue_fp8(y, v, torch.tensor(0.1).double())
+    with pytest.raises(ValueError, match=r"scale must be \(\) on cpu, got \(2,\)"):
+        attention_epilogue_fp8(y, v, torch.ones(2))
+    with ops.use_backend("triton"), pytest.raises(Unavailable, match="no Triton version"):
+        attention_epilogue(y.double(), v.double(), alpha.double())

@@ -103,9 +103,10 @@ def _run(name: str, backend: str, arguments: tuple) -> None:
 
 def _fake(y, v, xsa, gate, scale, backend) -> tuple[Tensor, Tensor, Tensor]:
     """out, and with a scale the copy and its max; else these have no elements."""
-    out_f8 = torch.empty(0 if scale is None else y.shape, dtype=reference.E4M3, device=y.device)
-    amax = y.new_zeros(0 if scale is None else (), dtype=torch.float32)
-    return y.new_empty(y.shape), out_f8, amax
+    if scale is None:
+        return y.new_empty(y.shape), y.new_empty(0), y.new_empty(0)
+    amax = y.new_zeros((), dtype=torch.float32)
+    return y.new_empty(y.shape), y.new_empty(y.shape, dtype=reference.E4M3), amax
 
 
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
