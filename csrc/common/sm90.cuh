@@ -66,6 +66,10 @@ struct ElementOf<DType::kFloat8E5M2> {
   using Type = cutlass::float_e5m2_t;
 };
 template <>
+struct ElementOf<DType::kFloat16> {
+  using Type = cutlass::half_t;
+};
+template <>
 struct ElementOf<DType::kBFloat16> {
   using Type = cutlass::bfloat16_t;
 };
@@ -226,8 +230,12 @@ struct Adding<
 };
 
 // kFast: FP8 only, sums left in the tensor cores. kAdd: D += instead of D =, and D has no batch
-// dimension: the whole batch is added to one matrix.
-template <class Shape, class A, class B, class Fusion, bool kFast, bool kAdd = false>
+// dimension: the whole batch is added to one matrix. Layouts of A and Bᵀ: ColumnMajor and RowMajor
+// where they are stored with K first, which 16-bit types may be. Scheduler: which tiles are
+// computed, and in which order.
+template <class Shape, class A, class B, class Fusion, bool kFast, bool kAdd = false,
+          class LayoutA = RowMajor, class LayoutB = ColumnMajor,
+          class Scheduler = cutlass::gemm::PersistentScheduler>
 class Gemm {
   using Tile = typename Shape::template Tile<A>;
   using C = typename Shape::ElementC;
@@ -253,13 +261,12 @@ class Gemm {
   using Stages = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
       sizeof(typename Epilogue::SharedStorage))>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, A, RowMajor, kAlignment<A>, B,
-      ColumnMajor, kAlignment<B>, float, Tile, typename Shape::Cluster, Stages,
-      Schedule>::CollectiveOp;
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, A, LayoutA, kAlignment<A>, B, LayoutB,
+      kAlignment<B>, float, Tile, typename Shape::Cluster, Stages, Schedule>::CollectiveOp;
 
  public:
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
+                                                      Epilogue, Scheduler>;
 };
 
 // What a kernel's name tells profilers and benchmarks/static_check.py besides what it computes:
@@ -286,6 +293,18 @@ inline bool is_aligned(const Matrix& matrix, int element_bytes) {
   const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(matrix.data));
   return ((address | matrix.row_stride * element_bytes | matrix.batch_stride * element_bytes) &
           15) == 0;
+}
+
+// As CuTe's (m or n, k or n, batch); the stride that is 1 is the one that the type says.
+template <class Stride>
+Stride stride_of(const Matrix& matrix) {
+  if constexpr (cute::is_static_v<cute::tuple_element_t<0, Stride>>) {
+    return cute::make_stride(_1{}, matrix.row_stride, matrix.batch_stride);
+  } else if constexpr (cute::is_static_v<cute::tuple_element_t<2, Stride>>) {
+    return cute::make_stride(matrix.row_stride, _1{}, _0{});  // no batch
+  } else {
+    return cute::make_stride(matrix.row_stride, _1{}, matrix.batch_stride);
+  }
 }
 
 struct Problem {
@@ -317,30 +336,23 @@ cudaError_t launch(void (*kernel)(typename Kernel::Params), const Problem& p,
       !is_aligned(p.b, sizeof(typename Kernel::ElementB)) || !is_aligned(p.d, sizeof(D))) {
     return cudaErrorInvalidValue;
   }
-  const auto stride = [](const Matrix& matrix) {
-    return cute::make_stride(matrix.row_stride, _1{}, matrix.batch_stride);
-  };
 
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
   arguments.problem_shape = {static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k),
                              static_cast<int>(p.batch)};
   arguments.mainloop.ptr_A = static_cast<const typename Kernel::ElementA*>(p.a.data);
-  arguments.mainloop.dA = stride(p.a);
+  arguments.mainloop.dA = stride_of<decltype(arguments.mainloop.dA)>(p.a);
   arguments.mainloop.ptr_B = static_cast<const typename Kernel::ElementB*>(p.b.data);
-  arguments.mainloop.dB = stride(p.b);
+  arguments.mainloop.dB = stride_of<decltype(arguments.mainloop.dB)>(p.b);
   arguments.epilogue.thread = fusion;
   if constexpr (!cute::is_void_v<typename Kernel::ElementC>) {
     if (!is_aligned(p.c, sizeof(typename Kernel::ElementC))) return cudaErrorInvalidValue;
     arguments.epilogue.ptr_C = static_cast<const typename Kernel::ElementC*>(p.c.data);
-    arguments.epilogue.dC = stride(p.c);
+    arguments.epilogue.dC = stride_of<decltype(arguments.epilogue.dC)>(p.c);
   }
   arguments.epilogue.ptr_D = static_cast<const D*>(p.d.data);
-  if constexpr (cute::is_static_v<decltype(cute::get<2>(arguments.epilogue.dD))>) {
-    arguments.epilogue.dD = cute::make_stride(p.d.row_stride, _1{}, _0{});
-  } else {
-    arguments.epilogue.dD = stride(p.d);
-  }
+  arguments.epilogue.dD = stride_of<decltype(arguments.epilogue.dD)>(p.d);
   arguments.hw_info.sm_count = num_sms;
   arguments.scheduler.max_swizzle_size = p.strip;
   const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);

@@ -12,6 +12,8 @@
 
 #include "kernels/fp8_matmul.h"
 #include "kernels/relu2_mlp.h"
+#include "kernels/sym_matmul.h"
+#include "kernels/sym_matmul_tiles.h"
 #include "tests/check.h"
 
 namespace speedrun {
@@ -25,6 +27,7 @@ struct TensorMap {
 };
 std::map<const void*, TensorMap> maps;  // of the launch at hand, by address
 int launches = 0, zeroed = 0;
+uint64_t blocks = 0;                          // of the last launch
 std::map<const void*, size_t> shared_limits;  // by kernel
 
 uint32_t bytes_of(CUtensorMapDataType type) {
@@ -33,6 +36,7 @@ uint32_t bytes_of(CUtensorMapDataType type) {
       return 1;
     case CU_TENSOR_MAP_DATA_TYPE_UINT16:  // bf16 that is only loaded
     case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
       return 2;
     case CU_TENSOR_MAP_DATA_TYPE_FLOAT32:
       return 4;
@@ -76,7 +80,7 @@ CUresult fake_encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, vo
 }
 
 cudaError_t fake_launch(const cudaLaunchConfig_t& config, const void* kernel) {
-  const uint64_t blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
+  blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
   CHECK(blocks >= 1 && blocks <= kSms);  // persistent
   CHECK(config.blockDim.x == 384 && config.blockDim.y == 1 && config.blockDim.z == 1);
   CHECK(config.dynamicSmemBytes <= kMaxShared);
@@ -112,7 +116,7 @@ void expect_launches(int count) {
 
 constexpr DType kE4M3 = DType::kFloat8E4M3, kE5M2 = DType::kFloat8E5M2;
 constexpr DType kBF16 = DType::kBFloat16, kFP32 = DType::kFloat32;
-enum { kA, kB, kOut, kPost, kTransposed, kScale, kRowScale, kAmax };
+enum { kA, kB, kC, kOut, kPost, kTransposed, kScale, kRowScale, kAmax };
 
 Fp8Operands operands(DType a, DType b, int64_t batch, int64_t m, int64_t n, int64_t k, bool fast) {
   return {at(kA), at(kB), number(kScale), number(kScale), batch, m, n, k, m * k, k, n * k, k, a,
@@ -210,6 +214,82 @@ void test_relu2_mlp(int64_t tokens, int64_t hidden, int64_t dim) {
   expect(at(kOut), {f, t}, {2 * f});
   CHECK(maps.size() == 4);
   expect_launches(1);
+}
+
+// A product of a matrix with itself, or (two) with another.
+void test_sym_matmul(DType dtype, int64_t batch, int64_t n, int64_t k, bool transposed, bool two,
+                     bool with_c) {
+  const int64_t row = transposed ? n : k;
+  const SymMatmulParams params{at(kA),
+                               two ? at(kB) : at(kA),
+                               with_c ? at(kC) : nullptr,
+                               at(kOut),
+                               batch,
+                               n,
+                               k,
+                               n * k,
+                               row,
+                               n * k,
+                               row,
+                               n * n,
+                               n,
+                               n * n,
+                               n,
+                               dtype,
+                               transposed,
+                               1.f,
+                               with_c ? 1.f : 0.f};
+  CHECK(launch_sym_matmul(params, nullptr) == cudaSuccess);
+  const uint64_t un = n, uk = k;
+  Sizes size_a{transposed ? un : uk, transposed ? uk : un}, size_out{un, un};
+  if (batch > 1) {
+    for (Sizes* sizes : {&size_a, &size_out}) sizes->push_back(batch);
+  }
+  expect(at(kA), size_a, {2 * static_cast<uint64_t>(row), 2 * un * uk});
+  if (two) expect(at(kB), size_a, {2 * uk, 2 * un * uk});
+  if (with_c) expect(at(kC), size_out, {2 * un, 2 * un * un});
+  expect(at(kOut), size_out, {2 * un, 2 * un * un});  // its mirror image has the same map
+  CHECK(maps.size() == 2u + two + with_c);
+  const uint64_t squares = triangle_size(squares_per_side(n)) * batch;
+  const uint64_t work = squares * (choose_half_squares(n, batch, kSms) ? 2 : 1);
+  CHECK(blocks == (work < kSms ? work : kSms));
+  expect_launches(1);
+}
+
+void test_sym_matmuls() {
+  for (const DType dtype : {kBF16, DType::kFloat16}) {
+    for (const int64_t gpus : {1, 8}) {
+      // The banks' products over their short side, and those of the short sides themselves.
+      test_sym_matmul(dtype, 64 / gpus, 256, 768, false, false, false);
+      test_sym_matmul(dtype, 24 / gpus, 768, 3072, true, false, false);
+      test_sym_matmul(dtype, 64 / gpus, 256, 256, false, false, true);
+      test_sym_matmul(dtype, 48 / gpus, 768, 768, false, true, true);
+    }
+    test_sym_matmul(dtype, 1, 8, 8, true, false, true);
+    test_sym_matmul(dtype, 3, 136, 72, false, true, false);
+  }
+  SymMatmulParams params{};
+  params.a = params.b = at(kA);
+  params.out = at(kOut);
+  params.batch = 1;
+  params.n = params.k = params.a_row_stride = params.b_row_stride = params.out_row_stride = 64;
+  params.dtype = kBF16;
+  CHECK(launch_sym_matmul(params, nullptr) == cudaSuccess);
+  expect_launches(1);
+  for (const auto& spoil : std::vector<void (*)(SymMatmulParams&)>{
+           [](SymMatmulParams& p) { p.a = at(kA) + 8; },
+           [](SymMatmulParams& p) { p.a_row_stride = 68; },
+           [](SymMatmulParams& p) { p.out_row_stride = 66; },
+           [](SymMatmulParams& p) { p.n = int64_t{1} << 31; }, [](SymMatmulParams& p) { p.k = 0; },
+           [](SymMatmulParams& p) { p.beta = 1.f; }, [](SymMatmulParams& p) { p.dtype = kFP32; },
+           [](SymMatmulParams& p) { p.transposed = true, p.b = at(kB); }}) {
+    SymMatmulParams bad = params;
+    spoil(bad);
+    CHECK(launch_sym_matmul(bad, nullptr) == cudaErrorInvalidValue);
+  }
+  params.batch = 0;
+  CHECK(launch_sym_matmul(params, nullptr) == cudaSuccess);
+  expect_launches(0);
 }
 
 void test_record_shapes() {
@@ -316,6 +396,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 int main() {
   speedrun::test_record_shapes();
   speedrun::test_edges();
+  speedrun::test_sym_matmuls();
   speedrun::test_refusals();
   std::puts("launch: tensor maps and launches as a driver takes them");
 }

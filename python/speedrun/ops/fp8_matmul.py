@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops._dispatch import choose
+from speedrun.ops._hopper import compute_capability, is_aligned
 from speedrun.ops._library import define
 from speedrun.reference import fp8_matmul as reference
 
@@ -166,11 +167,11 @@ def _choose(
 ) -> str:
     """The backend; `cuda_kernel`: what would serve the call, if compiled for its types."""
     only_fast = _CUDA_KERNELS[epilogue].get((a.dtype, b.dtype, out_dtype))
-    capability = _capability(a.device)
+    capability = compute_capability(a.device)
     compiled = only_fast is not None and (fast_accum or not only_fast) and capability == (9, 0)
     # TMA: addresses, and strides and row lengths in bytes, are multiples of 16.
     rows = (a.shape[-2] if transposed else 0, b.shape[-2])
-    aligned = all(_is_aligned(x) for x in (a, b, *others)) and a.shape[-1] > 0
+    aligned = all(is_aligned(x) for x in (a, b, *others)) and a.shape[-1] > 0
     aligned = aligned and all(size % 16 == 0 for size in rows)
     return choose(
         "fp8_matmul",
@@ -178,24 +179,6 @@ def _choose(
         cuda_kernel=cuda_kernel if compiled and aligned else "",
         triton=capability >= _TRITON_SINCE,
     )
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether x starts, and steps to the next row and matrix, by multiples of 16 bytes.
-
-    Compiled code knows no addresses: there the kernel itself refuses one that it can't take.
-    """
-    start = 0 if torch.compiler.is_compiling() else x.data_ptr()
-    steps = [step * x.element_size() for step in x.stride()[:-1]]
-    return start % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; of a CPU the one that its interpreter stands in for."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-_capability._dynamo_marked_constant = True  # as in _dispatch
 
 
 def _check_operands(

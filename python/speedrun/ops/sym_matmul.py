@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops._dispatch import choose
+from speedrun.ops._hopper import compute_capability, is_aligned
 from speedrun.ops._library import define
 from speedrun.reference import sym_matmul as reference
 
@@ -54,8 +55,11 @@ def sym_matmul(
             _check(name, x, shape, a)
     a, b, c, out_3d = (x if x is None or x.dim() == 3 else x[None] for x in (a, b, c, out))
     b = a if b is None else b
-    kernel = a.dtype in KERNEL_DTYPES
-    backend = choose("sym_matmul", a.device, "sym_matmul_out" if kernel else "", triton=kernel)
+    has_kernels = a.dtype in KERNEL_DTYPES
+    compiled = has_kernels and compute_capability(a.device) == (9, 0) and a.numel() > 0
+    compiled = compiled and all(is_aligned(x) for x in (a, b, c, out_3d) if x is not None)
+    kernel = "sym_matmul_out" if compiled else ""
+    backend = choose("sym_matmul", a.device, cuda_kernel=kernel, triton=has_kernels)
     if backend == "torch":
         _check_overlap(out_3d, a, b, c)
         reference.sym_matmul_out(a, b, c, out_3d, trans, alpha, beta)
