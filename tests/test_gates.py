@@ -218,7 +218,7 @@ def test_each_gate_reaches_its_layer_only(monkeypatch):
 
     def spy(config, spec, x, streams, gates, *others):
         seen.append(gates)
-        return x
+        return x, x
 
     monkeypatch.setattr("speedrun.model.layer_forward", spy)
     batch = make_batch(SMALL, 1, [0, 4])

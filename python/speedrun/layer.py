@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from speedrun.config import LayerSpec, ModelConfig
@@ -18,9 +17,9 @@ from speedrun.gates import Gates, MuddLayer
 from speedrun.ops.attention import AttentionPlan, attention
 from speedrun.ops.attention_epilogue import attention_epilogue
 from speedrun.ops.dc_attention import dc_attention
-from speedrun.ops.qk_norm_rope import NORM_EPS, pair_heads, qk_norm_rope, unpair_heads
+from speedrun.ops.qk_norm_rope import pair_heads, qk_norm_rope, unpair_heads
 from speedrun.ops.relu2_mlp import Fp8Layer, relu2_mlp
-from speedrun.ops.residual_mix import residual_mix
+from speedrun.ops.residual_mix import residual_mix, residual_mix_norm
 
 VE_GATE_COLUMNS = 6  # of h and of the value embedding, that a value gate reads
 
@@ -39,10 +38,12 @@ class BatchPlan:
 class Streams(NamedTuple):
     """What a layer reads beside x. None: nothing in this model has it."""
 
+    normed: Tensor | None  # norm(x), if this layer reads it
     x0: Tensor  # the normed embedding
     c0: Tensor  # x before the first layer
     bigram: Tensor | None  # (P, T, bigram_dim)
     saved: Tensor | None  # x behind the last layer that saved it
+    saved_normed: Tensor | None  # norm(saved), if a later layer reads it
     value_embed: Tensor | None  # this layer's own rows
 
 
@@ -62,9 +63,10 @@ class LayerWeights(NamedTuple):
     p_mlp: Tensor | float
 
 
-def norm(x: Tensor) -> Tensor:
-    """x/√(mean(x²) + 2⁻²³) over the last dim, computed in at least fp32, no weights."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+def reads_norm(config: ModelConfig, spec: LayerSpec) -> bool:
+    """Whether a layer reads norm(x) of x as it comes: not behind its own skip, nor a saved x's."""
+    skips = spec.skip and config.gates != "none"
+    return not (skips or (spec.attention is not None and spec.shared_input))
 
 
 def layer_forward(
@@ -77,17 +79,24 @@ def layer_forward(
     weights: LayerWeights,
     plan: BatchPlan,
     fp8: Fp8Layer | None,
-) -> Tensor:
-    """x behind one layer: skip, attention, MLP. `mudd`: the factors of a MUDD layer."""
+    wants_norm: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """x behind one layer: skip, attention, MLP; and norm(x) for the next one, if it wants that.
+
+    `mudd`: the factors of a MUDD layer.
+    """
+    h = streams.normed
     if gates.skip is not None:
-        x = residual_mix([(1.0, x), (gates.skip, streams.saved)])
+        x, h, _ = residual_mix_norm([(1.0, x), (gates.skip, streams.saved)])
     if spec.attention is not None:
-        h = norm(streams.saved if spec.shared_input else x)
+        if spec.shared_input:
+            h = streams.saved_normed
         extra_v, v_gate = value_terms(config, h, x, streams, weights.ve_gate, mudd)
         a = attend(config, spec, h, extra_v, v_gate, gates, weights, plan)
-        x = mix_attention(x, a, streams, gates, weights, mudd)
+        x, h = mix_attention(x, a, streams, gates, weights, mudd)
     r, p = (weights.r_mlp, weights.p_mlp) if mudd is None else (mudd.r_mlp, mudd.p_mlp)
-    return residual_mix([(r, x), (p, relu2_mlp(norm(x), weights.up_FD, weights.down_FD, fp8))])
+    terms = [(r, x), (p, relu2_mlp(h, weights.up_FD, weights.down_FD, fp8))]
+    return residual_mix_norm(terms)[:2] if wants_norm else (residual_mix(terms), None)
 
 
 def mix_attention(
@@ -97,8 +106,9 @@ def mix_attention(
     gates: Gates,
     weights: LayerWeights,
     mudd: MuddLayer | None,
-) -> Tensor:
-    """x with attention's output `a`, and gated shares of first stream and bigram embedding."""
+) -> tuple[Tensor, Tensor]:
+    """x with attention's output `a`, and gated shares of first stream and bigram embedding; and
+    norm(x)."""
     if mudd is None:
         terms = [(weights.r_attn, x), (weights.p_attn, a)]
         terms += [] if gates.x0 is None else [(gates.x0, streams.x0)]
@@ -108,7 +118,7 @@ def mix_attention(
     bigram_gate = gates.bigram if mudd is None else mudd.bigram
     if streams.bigram is not None and bigram_gate is not None:
         terms.append((bigram_gate, streams.bigram))
-    return residual_mix(terms)
+    return residual_mix_norm(terms)[:2]
 
 
 def value_terms(

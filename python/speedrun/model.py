@@ -45,7 +45,7 @@ from speedrun.layer import (
     LayerWeights,
     Streams,
     layer_forward,
-    norm,
+    reads_norm,
 )
 from speedrun.ops.attention import plan_attention
 from speedrun.ops.head_loss import head_loss
@@ -55,7 +55,7 @@ from speedrun.ops.qk_norm_rope import (
     rotary_table,
     yarn,
 )
-from speedrun.ops.residual_mix import residual_mix
+from speedrun.ops.residual_mix import NORM_EPS, residual_mix_norm
 
 SMEAR_COLUMNS = 12  # of an embedding, that its smear gate reads
 RESIDUAL_START = 1.1**0.5  # of each factor on the residual stream: 1.1 a layer
@@ -232,18 +232,18 @@ class GPT(nn.Module):
     def trunk(self, batch: MicroBatch, plan: BatchPlan, training: bool = False) -> Tensor:
         """(P*T, D): what the head multiplies. FP8 is for training only."""
         config = self.config
-        x0 = norm(self.embedding(batch, plan))
+        e = self.embedding(batch, plan)
+        x0 = F.rms_norm(e, e.shape[-1:], eps=NORM_EPS)
         bigram = self.bigram(batch)
         net = "pre"
         gates = self.gates(net, x0)
-        x = x0
+        terms = [(1.0, x0)]
         if bigram is not None:
             first = gates.get(0, NO_GATES)
-            x = residual_mix(
-                [(1.0, x0), (config.bigram_scale if first.bigram is None else first.bigram, bigram)]
-            )
+            terms += [(config.bigram_scale if first.bigram is None else first.bigram, bigram)]
             gates[0] = first._replace(bigram=None)
-        c0, saved, mudd_input = x, [], None
+        x, normed, _ = residual_mix_norm(terms)
+        c0, saved, mudd_input = x, [(None, None)], None  # saved x, and its norm
         value_embeds = self.embedded_values(batch)
         own_values = iter(value_embeds)
         fp8_layers = self.fp8_mlp.layers() if training and self.fp8_mlp is not None else []
@@ -253,25 +253,34 @@ class GPT(nn.Module):
                 net = spec.gate_net
                 gates |= self.gates(net, x)
             own_value = next(own_values) if spec.value_embed else None
-            streams = Streams(x0, c0, bigram, saved[-1] if saved else None, own_value)
+            streams = Streams(normed, x0, c0, bigram, *saved[-1], own_value)
             mudd = None
             if spec.mudd:
                 mudd_input = x
                 mudd = MuddLayer(*self.mudd_factors("mudd_layer", x))
             layer = self.layer_functions.get(spec, layer_forward)
             own_gates = gates.get(i, NO_GATES)
-            x = layer(config, spec, x, streams, own_gates, mudd, weights, plan, next(fp8))
+            inputs = (config, spec, x, streams, own_gates, mudd, weights, plan, next(fp8))
+            x, normed = layer(*inputs, self.norm_is_read(i))
             if spec.save:
-                saved.append(x)
+                saved.append((x, normed))
         if fp8_layers:
             self.fp8_mlp.update(fp8_layers)
         if mudd_input is not None:
             out = MuddOut(*self.mudd_factors("mudd_out", x))
-            terms = [(1.0, x), (out.c0, c0), (out.saved, saved[-1])]
-            terms += [(out.mudd_input, mudd_input), (out.first_saved, saved[0])]
+            terms = [(1.0, x), (out.c0, c0), (out.saved, saved[-1][0])]
+            terms += [(out.mudd_input, mudd_input), (out.first_saved, saved[1][0])]
             terms += [(out.value_embed, value_embeds[0])] if value_embeds else []
-            x = residual_mix(terms)
-        return norm(x).flatten(0, 1)
+            _, normed, _ = residual_mix_norm(terms)
+        return normed.flatten(0, 1)
+
+    def norm_is_read(self, i: int) -> bool:
+        """Of x behind layer i: by the next layer, one that shares what i saves, or the head."""
+        later = self.layers[i + 1 :]
+        if not later:
+            return not self.has_mudd
+        shares = self.layers[i].save and any(spec.shared_input for spec in later)
+        return shares or reads_norm(self.config, later[0])
 
     def embedding(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
         """Token embeddings (P, T, D), each smeared with that of the token before."""
