@@ -99,7 +99,10 @@ struct MirrorStore : Shape::template Store<T, ColumnMajor>::Node {
         : Callbacks(cute::move(callbacks)), off_diagonal(off_diagonal) {}
 
     CUTLASS_DEVICE void tma_store(int epi_m, int epi_n, int iteration, bool issue) {
-      Callbacks::tma_store(epi_m, epi_n, iteration, issue && off_diagonal);
+      // One thread: ptxas doesn't see that the whole warp agrees, and would let each of them store.
+      if (issue && off_diagonal && cute::elect_one_sync()) {
+        Callbacks::tma_store(epi_m, epi_n, iteration, true);
+      }
     }
   };
 
