@@ -31,9 +31,10 @@ def sym_matmul(
     """(B, N, N) alpha·A·Aᵀ + beta·C of `a` (B, N, K); also without B. Summed in at least float32.
 
     trans: alpha·Aᵀ·A + beta·C of `a` (B, K, N). b: alpha·A·Bᵀ instead, for a `b` like `a` with
-    which the caller knows that to be symmetric, such as commuting symmetric matrices: which
-    triangle of another product is computed is not said. c: (B, N, N), symmetric; may be a or b, and
-    isn't read where beta is 0. out: what is written to and returned; allocated if None.
+    which the caller knows that to be symmetric but for roundings, such as commuting symmetric
+    matrices; its lower triangle counts, and the result is symmetric in every bit. c: (B, N, N),
+    symmetric; may be a or b, and isn't read where beta is 0. out: what is written to and returned;
+    allocated if None.
     TypeError: another type; ValueError: another shape or layout, beta without c, b with trans, or
     an out that shares memory with an operand or itself; RuntimeError for tensors that ask for
     gradients, unless under torch.no_grad().
@@ -120,6 +121,8 @@ def _run(a, b, c, out, trans, alpha, beta, backend) -> None:
     _check_overlap(out, a, b, c)
     if backend == "cuda":
         torch.ops.speedrun.sym_matmul_out(a, b, c, out, trans, alpha, beta)
+        if b is not a:  # in squares on the diagonal both halves are as computed
+            reference.mirror_(out)
     elif backend == "triton":
         from speedrun.triton_kernels.sym_matmul import sym_matmul_out
 

@@ -30,6 +30,11 @@ def sym_matmul_out(
     beta = 0.0 if c_BNN is None else beta
     torch.baddbmm(start, left, right, beta=beta, alpha=alpha, out=wide)
     if b_BNK is not a_BNK:
-        wide.tril_().add_(wide.tril(-1).mT)
+        mirror_(wide)
     if wide is not out_BNN:
         out_BNN.copy_(wide)
+
+
+def mirror_(x_BNN: Tensor) -> None:
+    """Copies the lower triangle into the upper one."""
+    x_BNN.tril_().add_(x_BNN.tril(-1).mT)
