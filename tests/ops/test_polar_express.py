@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.polar_spectra import VARIANTS, exact_values, qualities
@@ -505,6 +506,24 @@ def test_compiles_fullgraph_without_recompiling(spec, backend):
         for seed in range(2):
             for mine, eager in zip(run(compiled, seed), run(step, seed), strict=True):
                 assert_same_bits(mine, eager)
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (128, 48), (64, 64)], ids=str)
+def test_directions_of_torch(shape):
+    """torch.optim.Muon's own function, in bf16, is no nearer to our polynomials than ours is.
+
+    Five times one polynomial; its norm has no factor. fp16 in both forms, too.
+    """
+    (grad,) = normal(1, *shape)
+    abc = (3.4445, -4.775, 2.0315)
+    theirs = _zeropower_via_newtonschulz(grad, abc, 5, 1e-7)
+    spec = PolarExpress((abc,) * 5, norm_factor=1.0, eps=1e-7)
+    exact = polar_express(grad[None], torch.float64, spec)[0]
+    assert relative(theirs, exact) < 0.05
+    fp16 = [("standard", torch.float16), ("gram", torch.float16)]
+    for form, dtype in [("standard", torch.bfloat16), *fp16]:
+        ours = polar_express(grad[None], dtype, dataclasses.replace(spec, form=form))[0]
+        assert relative(ours, exact) <= 1.25 * relative(theirs, exact), (form, dtype)
 
 
 # ---- The public program ----------------------------------------------------------------------
