@@ -74,10 +74,15 @@ REQUIRED = (
     ("normuon_step", "triton", "second", ("ld128",)),
     ("normuon_step", "triton", "update", ("ld128", "st128")),
     ("sym_matmul", "triton", "", ("HGMMA", "st128")),
+    ("attention", "triton", "forward|dq|dkdv", ("HGMMA", "ld128", "st128")),
     ("polar_express", "triton", "", ("ld128", "st128")),
     ("adam_step", "cuda", "", ("ld128", "st128")),
     ("adam_step", "triton", "", ("ld128", "st128")),
     ("polar_express", "cuda", "true>", ("ld128", "st128")),
+    ("qk_norm_rope", "cuda", "true>", ("ld128", "st128")),
+    ("qk_norm_rope", "triton", "", ("ld128", "st128")),
+    ("attention_epilogue", "cuda", "true>", ("ld128", "st128")),
+    ("attention_epilogue", "triton", "", ("ld128", "st128")),
 )
 
 # What ptxas says when it gives up on what the kernel was written for.
