@@ -68,7 +68,7 @@ REQUIRED = (
     ("fp8_matmul", "triton", "", ("QGMMA",)),
     ("relu2_mlp", "cuda", "", ("HGMMA", "UTMALDG", "UTMASTG")),
     ("relu2_mlp", "triton", "", ("HGMMA QGMMA",)),
-    ("sym_matmul", "cuda", "", ("HGMMA", "UTMALDG", "UTMASTG")),
+    ("sym_matmul", "cuda", "SymMatmul<", ("HGMMA", "UTMALDG", "UTMASTG")),
     ("normuon_step", "cuda", "second_kernel<.*, true, ", ("ld128",)),
     ("normuon_step", "cuda", "update_kernel<.*, true>", ("ld128", "st128")),
     ("normuon_step", "triton", "second", ("ld128",)),

@@ -3,10 +3,11 @@
 //   out = alpha · A · Bᵀ + beta · C      A, B (n, k)      sums in fp32, one rounding
 //   out = alpha · Aᵀ · A + beta · C      A (k, n)         (transposed)
 //
-// A · Bᵀ and C must be symmetric: B = A, or symmetric matrices that commute. What is computed are
-// the tiles of 128 x 128 on the diagonal and below it; those below are also stored transposed. So
-// out is exactly symmetric but within the tiles on the diagonal, where a product that is symmetric
-// but for rounding may differ from its mirror by rounding.
+// A · Bᵀ and C must be symmetric but for roundings: B = A, or symmetric matrices that commute. What
+// is computed are the tiles of 128 x 128 on the diagonal and below it; those below are also stored
+// transposed. Where B is not A a second launch copies the lower half of the tiles on the diagonal
+// into the upper one: out is symmetric in every bit, since in chains of such products what isn't
+// grows from step to step.
 //
 // sm_90a only. No workspace. Deterministic. All matrices have a last stride of 1; pointers and the
 // bytes of all other strides must be multiples of 16 (TMA). out must not overlap a, b or c.
@@ -34,7 +35,7 @@ struct SymMatmulParams {
 };
 
 // Launches nothing for an empty output. cudaErrorInvalidValue: another type, k == 0, a size above
-// 2^31 - 1, b != a though transposed, no c though beta != 0, or an address or stride that is not a
+// 2^31 - 1, a batch above 65,535, b != a though transposed, no c though beta != 0, or an address or stride that is not a
 // multiple of 16 bytes.
 cudaError_t launch_sym_matmul(const SymMatmulParams& params, cudaStream_t stream);
 
