@@ -342,7 +342,7 @@ def describe(kernel: Kernel, name: str) -> None:
     stem_kernel<Name, tile rows, tile columns, stages, bytes>."""
     short = re.sub(r"^void |\w+::|\(anonymous namespace\)::|\(\w+\)(?=\d)", "", name)
     kernel.name = re.sub(r"\(.*\)$", "", short)
-    if match := re.search(r"<(\w+), (\d+), (\d+), (\d+), (\d+)>$", kernel.name):
+    if match := re.search(r"<(\w+(?:<.*>)?), (\d+), (\d+), (\d+), (\d+)>$", kernel.name):
         kernel.name, kernel.tile = match[1], f"{match[2]}x{match[3]}"
         kernel.stages, kernel.shared_bytes = int(match[4]), int(match[5])
 
