@@ -35,7 +35,7 @@ struct SymMatmulParams {
 };
 
 // Launches nothing for an empty output. cudaErrorInvalidValue: another type, k == 0, a size above
-// 2^31 - 1, a batch above 65,535, b != a though transposed, no c though beta != 0, or an address or stride that is not a
+// 2^31 - 1, b != a though transposed, no c though beta != 0, or an address or stride that is not a
 // multiple of 16 bytes.
 cudaError_t launch_sym_matmul(const SymMatmulParams& params, cudaStream_t stream);
 

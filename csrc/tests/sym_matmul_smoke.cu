@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -21,11 +22,13 @@ std::vector<T> random_values(int64_t count) {
   return values;
 }
 
-// What the kernel may leave out is NaN at first, and seen.
+// What the kernel may leave out is NaN at first, and seen. two: another B than A, whose product is
+// not symmetric: that its lower triangle counts shows which of both was copied.
 template <class T>
 void run(DType dtype, double relative, int64_t batch, int64_t n, int64_t k, bool transposed,
-         bool with_c) {
+         bool two, bool with_c) {
   const std::vector<T> a = random_values<T>(batch * n * k);
+  const std::vector<T> b = two ? random_values<T>(batch * n * k) : a;
   std::vector<T> c = random_values<T>(batch * n * n);
   for (int64_t l = 0; l < batch; ++l) {
     for (int64_t i = 0; i < n; ++i) {
@@ -33,10 +36,11 @@ void run(DType dtype, double relative, int64_t batch, int64_t n, int64_t k, bool
     }
   }
   const std::vector<T> nothing(batch * n * n, static_cast<T>(NAN));
-  const Device<T> device_a(a), device_c(c), out(nothing);
+  const Device<T> device_a(a), device_b(b), device_c(c), out(nothing);
   const int64_t row_stride = transposed ? n : k;
   SymMatmulParams params{};
-  params.a = params.b = device_a.get();
+  params.a = device_a.get();
+  params.b = two ? device_b.get() : device_a.get();
   params.c = with_c ? device_c.get() : nullptr;
   params.out = out.get();
   params.batch = batch;
@@ -59,32 +63,44 @@ void run(DType dtype, double relative, int64_t batch, int64_t n, int64_t k, bool
       for (int64_t j = 0; j < n; ++j) {
         double sum = 0, magnitude = 0;
         for (int64_t step = 0; step < k; ++step) {
-          const auto at = [&](int64_t row) {
+          const auto at = [&](const std::vector<T>& x, int64_t row) {
             const int64_t place = transposed ? step * n + row : row * k + step;
-            return static_cast<double>(static_cast<float>(a[l * n * k + place]));
+            return static_cast<double>(static_cast<float>(x[l * n * k + place]));
           };
-          sum += at(i) * at(j);
-          magnitude += std::abs(at(i) * at(j));
+          const double product = at(a, std::max(i, j)) * at(b, std::min(i, j));
+          sum += product;
+          magnitude += std::abs(product);
         }
         const int64_t place = (l * n + i) * n + j;
         double expected = kAlpha * sum;
-        if (with_c) expected += kBeta * static_cast<double>(static_cast<float>(c[place]));
+        if (with_c) {
+          const double added = kBeta * static_cast<double>(static_cast<float>(c[place]));
+          expected += added;
+          magnitude += std::abs(added);
+        }
         const double value = static_cast<float>(values[place]);
         const double mirror = static_cast<float>(values[(l * n + j) * n + i]);
-        wrong += value != mirror || !is_close(value, expected, relative, magnitude * 0x1p-22);
+        wrong += value != mirror || !is_close(value, expected, relative, magnitude * 0x1p-20);
       }
     }
   }
-  report(transposed ? "sym_matmul, transposed" : "sym_matmul", batch, n, k, wrong);
+  report(two          ? "sym_matmul, a and b"
+         : transposed ? "sym_matmul, transposed"
+                      : "sym_matmul",
+         batch, n, k, wrong);
 }
 
 template <class T>
 void run_type(DType dtype, double relative) {
-  for (const bool transposed : {false, true}) {
+  enum { kRows, kColumns, kTwo };
+  for (const auto kind : {kRows, kColumns, kTwo}) {
     for (const bool with_c : {false, true}) {
-      run<T>(dtype, relative, 1, 8, 8, transposed, with_c);
-      run<T>(dtype, relative, 3, 200, 72, transposed, with_c);     // halves; squares are cut
-      run<T>(dtype, relative, 100, 136, 200, transposed, with_c);  // more squares than SMs
+      const auto run_size = [&](int64_t batch, int64_t n, int64_t k) {
+        run<T>(dtype, relative, batch, n, k, kind == kColumns, kind == kTwo, with_c);
+      };
+      run_size(1, 8, 8);
+      run_size(3, 200, 72);    // half squares; the edge cuts them
+      run_size(87, 136, 200);  // whole ones, twice as many as the 132 SMs are
     }
   }
 }
