@@ -464,3 +464,130 @@ ATTENTION_EPILOGUE_FULL = tuple(
         ("gate", "layer 10", False, True),
     )
 )
+
+
+def document_starts(num_tokens: int, max_seqlen: int | None, num_entries: int) -> list[int]:
+    """Lengths like FineWeb's (lognormal, median 403, mean 690), cut; padded with num_tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(num_tokens // 64 + 1).log_normal_(6.0, 1.04, generator=generator)
+    ends = lengths.clamp(1, max_seqlen or num_tokens).int().cumsum(0).tolist()
+    starts = [0, *(end for end in ends if end < num_tokens)]
+    return starts + [num_tokens] * max(1, num_entries - len(starts))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """T tokens of documents of at most `max_seqlen` (None: as long as they are) through H heads;
+    K head dim of queries and keys, E of values. Paired: H/2 heads of sequences of 2T."""
+
+    name: str
+    tokens: int
+    max_seqlen: int | None
+    window: int
+    why: str
+    heads: int = 6
+    head_dims: tuple[int, int] = (128, 128)
+    backward: bool = True
+    paired: bool = False
+
+    def starts(self) -> list[int]:
+        """Of its sequences, 2T tokens if paired; padded to 128 entries, or as many as there are."""
+        times = 2 if self.paired else 1
+        return [times * start for start in document_starts(self.tokens, self.max_seqlen, 128)]
+
+
+def _attention_stages() -> tuple[AttentionCase, ...]:
+    """RECIPE section 5 on one of 8 GPUs: short and long windows, plain and paired heads."""
+    stages = (
+        ("s1", 16384, 896, 128, 384),
+        ("s2", 32768, 2048, 384, 896),
+        ("s3", 49152, 2048, 640, 1408),
+        ("ext", 49152, 2048, 768, 1664),
+    )
+    cases = []
+    for stage, tokens, longest, short, long in stages:
+        cases += [
+            AttentionCase(f"{stage}_short", tokens, longest, short, "most layers"),
+            AttentionCase(f"{stage}_long", tokens, longest, long, "layers 3 and 10"),
+            AttentionCase(
+                f"{stage}_paired", tokens, longest, short, "two heads in one sequence", paired=True
+            ),
+        ]
+    return tuple(cases)
+
+
+ATTENTION_FULL = (
+    *_attention_stages(),
+    AttentionCase(
+        "s3_narrow", 49152, 2048, 640, "queries and keys of 96 columns", head_dims=(96, 128)
+    ),
+    AttentionCase("val_short", 262144, None, 768, "validation: whole documents", backward=False),
+    AttentionCase("val_long", 262144, None, 2560, "and the longest window", backward=False),
+)
+ATTENTION_SMALL = (
+    AttentionCase("small", 512, 200, 128, "every backend's path, in a second", 2, (64, 64)),
+    AttentionCase("small_long", 512, 200, 600, "large tiles", 2, (64, 64)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DcCase:
+    """Documents whose heads share their weights over the last `window` tokens."""
+
+    name: str
+    cu_seqlens: tuple[int, ...]
+    window: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    why: str
+
+
+# For every type, on every backend.
+DC_ATTENTION_SMALL = (
+    DcCase("three_blocks", (0, 200), 112, 2, 32, 32, "the record's window, more than two blocks"),
+    DcCase("largest_window", (0, 5, 200, 200), 128, 1, 16, 16, "two whole blocks before a query's"),
+    DcCase("one_block_back", (0, 150), 65, 2, 16, 16, "reaches the first key of the block before"),
+    DcCase("documents", (0, 1, 4, 4, 67, 130, 131), 30, 3, 24, 40, "lengths 0, 1; odd head dims"),
+    DcCase("itself", (0, 70), 1, 2, 8, 8, "softmaxes of one score: q and k have no gradient"),
+    DcCase("wide_window", (0, 90), 1000, 2, 16, 8, "more than there are tokens"),
+    DcCase("odd_heads", (0, 40, 100), 17, 5, 7, 9, "no row is aligned"),
+    DcCase("one_token", (0, 1), 112, 6, 128, 128, "a row"),
+)
+
+# The layer of the record that has it, at the three stages: heads of 128, a window of 112.
+DC_ATTENTION_FULL = tuple(
+    DcCase(stage, tuple(range(0, tokens + 1, 512)), 112, 6, 128, 128, "documents of 512 tokens")
+    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropyCase:
+    """Logits (rows, cols) against num_targets targets a row, with a prefix target or without."""
+
+    name: str
+    rows: int
+    cols: int
+    num_targets: int
+    prefix: bool
+    why: str
+
+
+SOFTCAP_CE_SMALL = (
+    CrossEntropyCase("one_vector", 32, 16, 3, True, "most of a cluster's blocks have no columns"),
+    CrossEntropyCase("narrow", 16, 48, 3, True, "less than a tile"),
+    CrossEntropyCase("one_target", 12, 272, 1, False, "rows that no cluster takes; no prefix"),
+    CrossEntropyCase("many_targets", 48, 144, 8, True, "more targets than the record has"),
+    CrossEntropyCase("wide", 16, 8208, 2, True, "several tiles, the last one cut"),
+    CrossEntropyCase("record", 2, 50304, 3, True, "the record's vocabulary"),
+)
+# What training does (RECIPE section 5).
+SOFTCAP_CE_FULL = tuple(
+    CrossEntropyCase(stage, rows, 50304, num_targets, prefix, "logits of one step's part")
+    for stage, rows, num_targets, prefix in (
+        ("s1", 16384, 3, True),
+        ("s2", 32768, 2, True),
+        ("s3", 49152, 1, False),
+    )
+)

@@ -20,7 +20,11 @@ import dataclasses
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from speedrun.reference._blocks import block_mask
+from speedrun.reference.attention import attention
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -142,6 +146,25 @@ class Estimate:
         """At most that of a square root of an error alone, since |√(x + e) − √x| <= √|e|."""
         slope = self.variance / (4 * self.value).clamp(min=1e-300)
         return Estimate(self.value.sqrt(), torch.minimum(slope, self.variance.sqrt()))
+
+
+def attention_results(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu_seqlens: Tensor, window: int, scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(same, ref64) of attention, each [out, dq, dk, dv], for q, k (T, H, K), v, dout (T, H, E).
+
+    Torch multiplies in bf16 where all heads are as wide, and in float32 elsewhere, which would not
+    be the kernels' own type: so zeros are added, which change nothing.
+    """
+    width = max(q.shape[-1], v.shape[-1])
+    results = []
+    for dtype in (q.dtype, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        equal = [F.pad(t, (0, width - t.shape[-1])) for t in leaves]
+        mask = block_mask(cu_seqlens, len(q), window, dtype)
+        out = attention(*equal, mask, scale)[..., : v.shape[-1]]
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))])
+    return tuple(results)
 
 
 def assert_within_budget(out: Tensor, budget: Estimate) -> None:

@@ -256,6 +256,7 @@ def test_gradient_of_a_step(ranks, group):
         run = program.Run(Comms(rank, ranks), torch.device("cpu"), torch.float64)
         batch = StepBatch(*(t[rank::ranks] for t in rows), position=None)
         batches = to_micro_batches(batch, config, run.device)
+        assert {b.max_seqlen for b in batches} == {15}
         total += program.forward_backward(model, optimizer, batches, plan).item()
     assert total == pytest.approx(loss.item(), rel=1e-6)  # each rank's sum is float32
     for parameter, gradient in zip(model.parameters(), expected, strict=True):

@@ -162,7 +162,8 @@ class BaselineGPT(nn.Module):
         """
         num_tokens, dtype = batch.inputs_PT.numel(), self.embed.dtype
         head_dims = (self.config.head_dim, self.config.head_dim)
-        mask = plan_attention(batch.cu_seqlens, num_tokens, windows.long, dtype, head_dims)
+        lengths = (batch.cu_seqlens, num_tokens, windows.long)
+        mask = plan_attention(*lengths, dtype, head_dims, batch.max_seqlen)
         places = torch.arange(num_tokens, device=self.embed.device, dtype=torch.int32)
         sequence = torch.searchsorted(batch.cu_seqlens, places, right=True) - 1
         positions = (places - batch.cu_seqlens[sequence])[:, None]

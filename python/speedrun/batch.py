@@ -25,6 +25,7 @@ class MicroBatch:
     cu_seqlens: Tensor  # (P * entries,) int32: document starts in the P*T tokens
     bigram_rows_PT: Tensor | None = None  # int32
     sign_rows_PT: Tensor | None = None  # int32
+    max_seqlen: int | None = None  # no document is longer, if that is known
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from speedrun.layer import (
     reads_norm,
 )
 from speedrun.ops.attention import plan_attention
+from speedrun.ops.dc_attention import plan_dc_attention
 from speedrun.ops.head_loss import head_loss
 from speedrun.ops.qk_norm_rope import (
     rotary_frequencies,
@@ -201,10 +202,11 @@ class GPT(nn.Module):
                 getattr(windows, window),
                 dtype,
                 (config.head_dim, config.head_dim),
+                None if batch.max_seqlen is None else batch.max_seqlen * length,
             )
-        dc_mask = None
+        dc = None
         if any(spec.dc for spec in self.layers):
-            dc_mask = plan_attention(batch.cu_seqlens, num_tokens, config.dc_window - 1, dtype)
+            dc = plan_dc_attention(batch.cu_seqlens, num_tokens, config.dc_window)
         frequencies = rotary_frequencies(config.head_dim, config.rotary_base)
         score_scale = config.score_scale
         for old, new in windows.yarn:
@@ -216,7 +218,7 @@ class GPT(nn.Module):
             positions = rotary_positions(batch.inputs_PT.shape[1], heads).to(device)
             rotary[paired] = rotary_table(frequencies.to(device), positions, dtype)
         first_PT = document_starts(batch) if config.isolate_documents else None
-        return BatchPlan(masks, dc_mask, rotary, score_scale, first_PT)
+        return BatchPlan(masks, dc, rotary, score_scale, first_PT)
 
     def refresh_fp8(self, down_own_amax: bool) -> None:
         """FP8 copies of the weights as they are now; once a step, before its micro-batches."""

@@ -177,13 +177,15 @@ def to_micro_batches(batch: StepBatch, config: Config, device: torch.device) -> 
     for begin in range(0, num_parts, group):
         parts = slice(begin, begin + group)
         offsets = np.arange(group, dtype=np.int32)[:, None] * num_tokens
+        starts = (batch.cu_seqlens[parts] + offsets).reshape(-1)
         micro_batches.append(
             MicroBatch(
                 tensor(batch.inputs[parts]),
                 tensor(batch.targets[parts], torch.int64),
-                tensor((batch.cu_seqlens[parts] + offsets).reshape(-1)),
+                tensor(starts),
                 None if batch.bigram_rows is None else tensor(batch.bigram_rows[parts]),
                 None if batch.sign_rows is None else tensor(batch.sign_rows[parts]),
+                int(np.diff(starts).max()),
             )
         )
     return micro_batches

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from numerics import assert_accurate, assert_same_bits
+from cases import document_starts
+from numerics import assert_accurate, assert_same_bits, attention_results
 from op_helpers import run_with_gradients
 from speedrun import ops
 from speedrun._data_types import cu_seqlens_entries
@@ -173,18 +173,9 @@ def with_gradients(q, k, v, dout, starts, window, scale=None):
 def check_accuracy(tensors, starts, window):
     """Output and gradients by the law of numerics.py."""
     q, k, v, dout = tensors
-    scale = q.shape[2] ** -0.5
-
-    def in_bf16(q, k, v):
-        """Torch has products in bf16 for equal widths only, and takes float32 for others."""
-        width = max(q.shape[2], v.shape[2])
-        equal = [F.pad(t, (0, width - t.shape[2])) for t in (q, k, v)]
-        return run_kernel(*equal, starts, window, scale)[..., : v.shape[2]]
-
     found = with_gradients(*tensors, starts, window)
-    with ops.use_backend("torch", "attention"):
-        same = run_with_gradients(in_bf16, [q, k, v], dout)
-        exact = with_gradients(*(t.double() for t in tensors), starts, window)
+    scale = q.shape[2] ** -0.5
+    same, exact = attention_results(q, k, v, dout, starts_tensor(starts), window, scale)
     for mine, reference, ref64 in zip(found, same, exact, strict=True):
         assert mine.is_contiguous()
         if ref64.any():
@@ -229,17 +220,8 @@ def test_kernel_head_dims(kernel, head_dims, window):
 )
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (96, 128)], ids=str)
 def test_kernel_accuracy_at_real_sizes(kernel, num_tokens, max_seqlen, window, head_dims):
-    starts = document_starts(num_tokens, max_seqlen)
-    check_accuracy(kernel_inputs(num_tokens, head_dims, num_heads=6), starts, window)
-
-
-def document_starts(num_tokens, max_seqlen):
-    """Lengths like FineWeb's (median 403, mean 690), cut; padded as the recipe pads them."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.empty(num_tokens).log_normal_(6.0, 1.04, generator=generator)
-    ends = lengths.clamp(1, max_seqlen).int().cumsum(0).tolist()
-    starts = [0, *(end for end in ends if end < num_tokens)]
-    return starts + [num_tokens] * max(1, cu_seqlens_entries(num_tokens) - len(starts))
+    starts = document_starts(num_tokens, max_seqlen, cu_seqlens_entries(num_tokens))
+    check_accuracy(kernel_inputs(num_tokens, head_dims, num_heads=2), starts, window)
 
 
 @pytest.mark.parametrize("window", [30, 600])

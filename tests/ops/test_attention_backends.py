@@ -164,11 +164,13 @@ def test_overrides_that_cannot_serve(monkeypatch):
     def plan(dtype=torch.bfloat16):
         return plan_attention(torch.tensor([0, 9], dtype=torch.int32), 9, 3, dtype, (8, 8))
 
-    offer(monkeypatch, fa3=missing, fa4=broken_import, sdpa=computed)
+    offer(monkeypatch, fa3=missing, fa4=broken_import, flex=computed, sdpa=computed)
+    monkeypatch.setattr(choice, "ON_CPUS", ("fa3", "fa4", "sdpa"))
     for name, dtype, reason in (
         ("fa3", torch.bfloat16, "no_such_package is not installed"),
         ("fa4", torch.bfloat16, "it can't be loaded: libcudart"),
         ("sdpa", torch.float32, r"the tensors are torch\.float32; it takes torch\.bfloat16"),
+        ("flex", torch.bfloat16, "its tensors are on cpu"),
         ("cuda", torch.bfloat16, "this call has no CUDA kernel"),
     ):
         with ops.use_backend(name, "attention"), pytest.raises(Unavailable, match=reason):
@@ -284,11 +286,11 @@ def test_what_is_not_installed(name):
 
 def test_max_seqlen_reaches_the_kernel(monkeypatch):
     fake = FlashAttention()
-    loader = {"fa2": lambda: backends._flash(fake.forward, fake.backward_returned)}
+    loader = {"sdpa": lambda: backends._flash(fake.forward, fake.backward_returned)}
     offer(monkeypatch, **loader)
     starts = torch.tensor([0, 5, 9], dtype=torch.int32)
     q, k, v = (normal(9, 1, 8, seed=i, dtype=torch.bfloat16) for i in range(3))
-    with ops.use_backend("fa2", "attention"):
+    with ops.use_backend("sdpa", "attention"):
         attention(q, k, v, plan_attention(starts, 9, 3, q.dtype, (8, 8), max_seqlen=5), 1.0)
         attention(q, k, v, plan_attention(starts, 9, 99, q.dtype, (8, 8)), 1.0)
     assert fake.calls == [(5, 3), (9, 9)]

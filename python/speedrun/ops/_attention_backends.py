@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DTYPE = torch.bfloat16
+ON_CPUS = ("triton", "sdpa")  # where these can run too
 FLEX_BLOCK = 128  # sides of a block of flex_attention's mask
 
 
@@ -125,7 +126,9 @@ def _same_width(backend: Backend) -> Backend:
 def _fa3() -> Backend:
     try:
         module = _module("flash_attn_interface")
-    except NotInstalled:
+    except NotInstalled as neither:
+        if importlib.util.find_spec("kernels") is None:
+            raise NotInstalled(f"{neither} (or kernels)") from None
         hub = _module("kernels")
         module = hub.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_interface
     return _flash(module._flash_attn_forward, module._flash_attn_backward)

@@ -23,7 +23,15 @@ import warnings
 import torch
 
 from speedrun.ops import _dispatch
-from speedrun.ops._attention_backends import DTYPE, LOADERS, Backend, Batch, NotInstalled, load
+from speedrun.ops._attention_backends import (
+    DTYPE,
+    LOADERS,
+    ON_CPUS,
+    Backend,
+    Batch,
+    NotInstalled,
+    load,
+)
 from speedrun.reference._blocks import block_mask
 from speedrun.reference.attention import attention as reference
 
@@ -37,7 +45,7 @@ def choose(
     """Name of the backend for a batch; Unavailable: an override asks for one that can't serve."""
     forced = _dispatch.forced_backend(STEM)
     if forced in LOADERS and forced != "triton":
-        if problem := _problem(forced, dtype):
+        if problem := _problem(forced, device, dtype):
             raise _dispatch.Unavailable(f"{STEM}: the override asks for {forced!r}, but {problem}")
         name = forced
     else:
@@ -50,8 +58,10 @@ def choose(
     return name
 
 
-def _problem(name: str, dtype: torch.dtype) -> str:
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why an override can't have this backend; empty if it may try."""
+    if device.type != "cuda" and name not in ON_CPUS:
+        return f"its tensors are on {device}"
     if dtype != DTYPE:
         return f"the tensors are {dtype}; it takes {DTYPE}"
     try:
