@@ -32,11 +32,12 @@ def benchmarks(device: torch.device, shapes: str) -> Iterator[Benchmark]:
 
 
 def least_numbers(case: HeadsCase, backward: bool) -> int:
-    """Read and written once: qkv and what it becomes, and ve; backward all that again, and the
-    gradients. Tables and gates are left out: some hundredths."""
-    tokens, E = case.parts * case.tokens * case.heads, case.value_dim
+    """Read and written once: qkv and what it becomes, and ve; backward queries and keys again, all
+    gradients, and with a gate ve and its own. Tables and gates are left out: some hundredths."""
+    rows, E = case.parts * case.tokens * case.heads, case.value_dim
     qkv, ve = 2 * case.head_dim + E, E if case.ve else 0
-    return tokens * (2 * qkv + ve + ((3 * qkv + 2 * ve * case.gate) if backward else 0))
+    gradients = 2 * case.head_dim + 2 * qkv + 2 * ve * case.gate if backward else 0
+    return rows * (2 * qkv + ve + gradients)
 
 
 def make(case: HeadsCase, backward: bool, device: torch.device) -> Benchmark:
