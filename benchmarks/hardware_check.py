@@ -49,6 +49,8 @@ PRIORITY = (
     "attention",
     "sym_matmul",
     "polar_express",
+    "qk_norm_rope",
+    "attention_epilogue",
     "transpose",
     "adam_step",
     "normuon_step",
