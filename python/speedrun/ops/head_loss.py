@@ -28,16 +28,11 @@ from torch import Tensor
 from speedrun.ops._library import define
 from speedrun.ops.fp8_matmul import fp8_matmul
 from speedrun.ops.fp8_quantize import fp8_quantize
-from speedrun.ops.softcap_ce import (
-    as_scalar,
-    check,
-    rows_at_once,
-    softcap_ce,
-)
-from speedrun.ops.transpose import transpose
+from speedrun.ops.softcap_ce import as_scalar, check, rows_at_once, softcap_ce, softcap_ce_fp8
 from speedrun.reference import softcap_ce as reference
 from speedrun.reference._fp8 import FP8_MAX
 from speedrun.reference.fp8_quantize import MIN_AMAX, max_abs
+from speedrun.reference.softcap_ce import Loss
 
 E4M3 = torch.float8_e4m3fn
 
@@ -123,7 +118,7 @@ def head_loss(
         )
     weight = as_scalar(prefix_weight, x_TD.device)
     flags = (count_missing_targets, round_sigmoid)
-    loss = _Loss(targets_TN, weights_N, a, b, c, prefix_targets_T, weight, *flags)
+    loss = Loss(targets_TN, weights_N, a, b, c, prefix_targets_T, weight, *flags)
     if fp8 is not None:
         if fp8.w_f8_DV.shape != w_DV.shape:
             raise ValueError(
@@ -136,20 +131,6 @@ def head_loss(
     return torch.ops.speedrun.linear_softcap_ce(x_TD, w_DV, *loss)
 
 
-class _Loss(NamedTuple):
-    """Arguments of `softcap_ce` behind z, in the operators' order."""
-
-    targets_TN: Tensor
-    weights_N: Tensor
-    a: float
-    b: float
-    c: float
-    prefix_targets_T: Tensor | None
-    prefix_weight: Tensor
-    count_missing_targets: bool
-    round_sigmoid: bool
-
-
 class _Fp8HeadLoss(torch.autograd.Function):
     """Loss (T,) float32. Nothing in here is in place (PyTorch issue 180642)."""
 
@@ -157,20 +138,21 @@ class _Fp8HeadLoss(torch.autograd.Function):
     def forward(ctx, x_TD, w_DV, w_f8_DV, w_f8_VD, w_scale, x_scale, dz_scale, *loss):
         x_f8, _, _ = fp8_quantize(x_TD, x_scale)
         z_TV = fp8_matmul(x_f8, w_f8_VD, x_scale, w_scale, fast_accum=True)
-        loss_T, _, dz_f8 = torch.ops.speedrun.softcap_ce_fp8(z_TV, *loss, dz_scale)
-        ctx.save_for_backward(x_TD, w_f8_DV, w_scale, x_scale, dz_f8, dz_scale)
+        options = {**Loss(*loss)._asdict(), "dz_scale": dz_scale, "transposed": True}
+        loss_T, _, dz_f8, dz_f8_t = softcap_ce_fp8(z_TV, **options)
+        ctx.save_for_backward(x_TD, w_f8_DV, w_scale, x_scale, dz_f8, dz_f8_t, dz_scale)
         return loss_T
 
     @staticmethod
     def backward(ctx, grad_T):
-        x_TD, w_f8_DV, w_scale, x_scale, dz_f8, dz_scale = ctx.saved_tensors
+        x_TD, w_f8_DV, w_scale, x_scale, dz_f8, dz_f8_t, dz_scale = ctx.saved_tensors
         grad_T = grad_T.contiguous()
         dx = fp8_matmul(dz_f8, w_f8_DV, dz_scale, w_scale, row_scale=grad_T)
         largest = max_abs(grad_T).clamp(min=MIN_AMAX)
         _, x_f8_t, _ = fp8_quantize(x_TD * (grad_T / largest)[:, None], x_scale, transposed=True)
         dw_scale = dz_scale * largest
-        dw = fp8_matmul(x_f8_t, transpose(dz_f8), x_scale, dw_scale, out_dtype=torch.float32)
-        return dx, dw.bfloat16(), *[None] * (len(Fp8Head._fields) + len(_Loss._fields))
+        dw = fp8_matmul(x_f8_t, dz_f8_t, x_scale, dw_scale, out_dtype=torch.float32)
+        return dx, dw.bfloat16(), *[None] * (len(Fp8Head._fields) + len(Loss._fields))
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
@@ -187,15 +169,15 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_T):
         x_TD, w_DV, dx, dw, targets, weights, prefixes, prefix_weight = ctx.saved_tensors
-        loss = _Loss(targets, weights, *ctx.numbers, prefixes, prefix_weight, *ctx.flags)
+        loss = Loss(targets, weights, *ctx.numbers, prefixes, prefix_weight, *ctx.flags)
         backward = torch.ops.speedrun.linear_softcap_ce_backward
-        return *backward(grad_T, dx, dw, x_TD, w_DV, *loss), *[None] * len(_Loss._fields)
+        return *backward(grad_T, dx, dw, x_TD, w_DV, *loss), *[None] * len(Loss._fields)
 
 
 def _in_chunks(function: Callable, x_TD: Tensor, w_DV: Tensor, *loss, **more):
     """A function of the reference; results as operators want them."""
     rows = rows_at_once(w_DV.shape[1], w_DV.device)
-    result = function(x_TD, w_DV, **_Loss(*loss)._asdict(), rows=rows, **more)
+    result = function(x_TD, w_DV, **Loss(*loss)._asdict(), rows=rows, **more)
     return result if isinstance(result, Tensor) else tuple(result)
 
 

@@ -6,7 +6,9 @@ in the softmax. Targets (T, N) int64, weights (N,); a target of −1 counts noth
 the public kernel's: see the reference. Where compiled code meets another `prefix_weight` at each
 step, give it as a tensor (): a float would make it trace again.
 
-Errors: TypeError for a wrong type, ValueError for a wrong shape. Backend: the reference.
+Errors: TypeError for a wrong type, ValueError for a wrong shape. `softcap_ce` runs the reference;
+`softcap_ce_fp8` has kernels for bf16 and caps that fit: loss and both layouts of the gradient out
+of one read of z.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from speedrun.ops._dispatch import choose
 from speedrun.ops._library import define
 from speedrun.reference import softcap_ce as reference
-from speedrun.reference.softcap_ce import NO_TARGET, LossAndGrad, softcap
+from speedrun.reference.softcap_ce import NO_TARGET, Loss, LossAndGrad, softcap
 
-__all__ = ["NO_TARGET", "LossAndGrad", "softcap", "softcap_ce", "softcap_ce_fp8"]
+__all__ = ["NO_TARGET", "Loss", "LossAndGrad", "softcap", "softcap_ce", "softcap_ce_fp8"]
 
 FP8_PATH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*FP8_PATH_DTYPES, torch.float64)
 # The reference has several copies of so many logits in float32. 32 MB are fastest on a CPU, which
 # gives larger tensors back to the system each time; GPUs want more work at once.
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 26}
+LARGEST_SOFTCAP = 140.0  # of kernels, which sum exp(logit - a/2) without a search for the largest
 
 
 def softcap_ce(
@@ -72,10 +76,13 @@ def softcap_ce_fp8(
     prefix_weight: float | Tensor = 0.0,
     count_missing_targets: bool = False,
     round_sigmoid: bool = False,
+    transposed: bool = False,
 ) -> LossAndGrad:
     """Loss (T,), log-sum-exp of the softcapped logits (T,), both float32, and the gradient of the
-    summed losses over `dz_scale` (a float32 tensor of one element) (T, V) e5m2, clamped.
+    summed losses over `dz_scale` (a float32 tensor of one element) (T, V) e5m2, clamped; if
+    `transposed` also (V, T).
 
+    Kernels keep a factor of the gradient in bf16: a byte in a hundred is e5m2's other neighbour.
     Not of float64. RuntimeError for a z that asks for a gradient: this is one.
     """
     op = "softcap_ce_fp8"
@@ -89,11 +96,14 @@ def softcap_ce_fp8(
         )
     weight = as_scalar(prefix_weight, z_TV.device)
     flags = (count_missing_targets, round_sigmoid)
-    return LossAndGrad(
-        *torch.ops.speedrun.softcap_ce_fp8(
-            z_TV, targets_TN, weights_N, a, b, c, prefix_targets_T, weight, *flags, dz_scale
-        )
-    )
+    loss = Loss(targets_TN, weights_N, a, b, c, prefix_targets_T, weight, *flags)
+    serves = z_TV.dtype == torch.bfloat16 and z_TV.shape[1] > 0
+    serves = serves and 0 < a <= LARGEST_SOFTCAP and c > 0
+    aligned = serves and z_TV.shape[1] % 16 == 0
+    cuda_kernel = "softcap_ce_fp8_out" if aligned else ""
+    backend = choose("softcap_ce", z_TV.device, cuda_kernel=cuda_kernel, triton=serves)
+    result = torch.ops.speedrun.softcap_ce_fp8(z_TV, *loss, dz_scale, transposed, backend)
+    return LossAndGrad(*result[:3], result[3] if transposed else None)
 
 
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -145,36 +155,64 @@ def check(
         )
 
 
-def _softcap_ce_fp8(
-    z, targets, weights, a, b, c, prefix_targets, prefix_weight, count_missing, rounded, dz_scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = reference.softcap_ce_fp8(
-        z,
-        targets,
-        weights,
-        a,
-        b,
-        c,
-        dz_scale,
-        rows=rows_at_once(z.shape[1], z.device),
-        prefix_targets_T=prefix_targets,
-        prefix_weight=prefix_weight,
-        count_missing_targets=count_missing,
-        round_sigmoid=rounded,
+def _softcap_ce_fp8(z, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *loss, dz_scale, transposed, backend = arguments
+    loss = Loss(*loss)
+    outs = _empty_outputs(z, transposed)
+    given = (*outs[:3], outs[3] if transposed else None)
+    if backend == "torch":
+        softcap_ce_fp8_out(z, *loss, dz_scale, *given)
+        return outs
+    prefixes = loss.prefix_targets_T
+    loss = loss._replace(
+        targets_TN=loss.targets_TN.contiguous(),
+        weights_N=loss.weights_N.float().contiguous(),
+        prefix_weight=loss.prefix_weight.float(),
+        prefix_targets_T=None if prefixes is None else prefixes.contiguous(),
     )
-    return tuple(result)
+    if backend == "cuda":
+        torch.ops.speedrun.softcap_ce_fp8_out(z.contiguous(), *loss, dz_scale, *given)
+    else:
+        from speedrun.triton_kernels import softcap_ce as kernels
+
+        kernels.softcap_ce_fp8_out(z.contiguous(), loss, dz_scale, *given)
+    return outs
 
 
-def _fake_softcap_ce_fp8(z, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(z: Tensor, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exp, gradient and its transpose, of no elements if it isn't wanted."""
+    e5m2 = {"dtype": torch.float8_e5m2, "device": z.device}
     loss, lse = (z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2))
-    return loss, lse, torch.empty(z.shape, dtype=torch.float8_e5m2, device=z.device)
+    dz_VT = torch.empty(z.mT.shape if transposed else (0,), **e5m2)
+    return loss, lse, torch.empty(z.shape, **e5m2), dz_VT
 
 
-# Behind an operator although it is the reference: Inductor would leave out the rounding of σ.
+def softcap_ce_fp8_out(z: Tensor, *arguments) -> None:
+    """The reference, into the given outputs."""
+    *loss, dz_scale, loss_T, lse_T, dz_TV, dz_VT = arguments
+    rows = rows_at_once(z.shape[1], z.device)
+    found = reference.softcap_ce_fp8(z, **Loss(*loss)._asdict(), dz_scale=dz_scale, rows=rows)
+    for out, result in zip((loss_T, lse_T, dz_TV), found[:3], strict=True):
+        out.copy_(result)
+    if dz_VT is not None:
+        dz_VT.copy_(dz_TV.mT)
+
+
+_ARGUMENTS = (
+    "Tensor z, Tensor targets, Tensor weights, float a, float b, float c, Tensor? prefix_targets, "
+    "Tensor prefix_weight, bool count_missing, bool rounded, Tensor dz_scale"
+)
+# Behind an operator also for the reference: Inductor would leave out the rounding of σ.
 define(
-    "softcap_ce_fp8(Tensor z, Tensor targets, Tensor weights, float a, float b, float c, "
-    "Tensor? prefix_targets, Tensor prefix_weight, bool count_missing, bool rounded, "
-    "Tensor dz_scale) -> (Tensor, Tensor, Tensor)",
-    fake=_fake_softcap_ce_fp8,
+    f"softcap_ce_fp8({_ARGUMENTS}, bool transposed, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda z, *arguments: _empty_outputs(z, arguments[-2]),
     python=_softcap_ce_fp8,
+)
+# The raw kernel, which _C implements for CUDA.
+define(
+    f"softcap_ce_fp8_out({_ARGUMENTS}, Tensor(a!) loss, Tensor(b!) lse, Tensor(c!) dz, "
+    "Tensor(d!)? dz_t) -> ()",
+    fake=lambda *arguments: None,
+    cpu=softcap_ce_fp8_out,
 )

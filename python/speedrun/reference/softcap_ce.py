@@ -23,12 +23,27 @@ from speedrun.reference._fp8 import to_fp8
 NO_TARGET = -1
 
 
+class Loss(NamedTuple):
+    """Arguments of `softcap_ce` behind z, in the operators' order."""
+
+    targets_TN: Tensor
+    weights_N: Tensor
+    a: float
+    b: float
+    c: float
+    prefix_targets_T: Tensor | None
+    prefix_weight: Tensor
+    count_missing_targets: bool
+    round_sigmoid: bool
+
+
 class LossAndGrad(NamedTuple):
-    """In at least float32; but dz_TV of `softcap_ce_fp8`."""
+    """In at least float32; but the gradient of `softcap_ce_fp8`."""
 
     loss_T: Tensor
     lse_T: Tensor  # log Σ_v exp(logit)
     dz_TV: Tensor  # gradient of the sum of losses with respect to z
+    dz_VT: Tensor | None = None  # its transpose, where asked for
 
 
 class LinearLossAndGrads(NamedTuple):
@@ -180,7 +195,7 @@ def softcap_ce_fp8(
     loss_T, lse_T = (z_TV.new_empty(z_TV.shape[0], dtype=wide_dtype(z_TV)) for _ in range(2))
     chunks = _chunks(rows, z_TV, targets_TN, prefix_targets_T, loss_T, lse_T, dz_TV)
     for z, targets, prefixes, *outs in chunks:
-        loss, lse, dz = softcap_ce_grad(
+        loss, lse, dz, _ = softcap_ce_grad(
             z, targets, weights_N, a, b, c, prefix_targets_T=prefixes, **loss_options
         )
         results = (loss, lse, to_fp8(dz, dz_scale, torch.float8_e5m2))
