@@ -24,6 +24,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from speedrun.reference.softcap_ce import Loss, LossAndGrad
+
 _settings: dict[str, Path | bool | None] = {"modded_nanogpt": None, "enabled": True}
 
 
@@ -111,6 +113,32 @@ def modded_nanogpt_sym_matmul(
     kernel = modded_nanogpt("ba_plus_cAA" if beta else "XTX" if trans else "XXT")
     options = {"alpha": alpha, "beta": beta} if beta else {}
     return lambda: kernel(a, out=out, **options)
+
+
+def modded_nanogpt_softcap_ce(
+    z: Tensor, targets_T: Tensor, loss: Loss, dz_scale: float, transposed: bool
+) -> Callable[[], LossAndGrad]:
+    """Its kernel on logits z (T, V), and its transpose of the gradient; without log-sum-exp."""
+    kernel, transpose = modded_nanogpt("ce_fwd_bwd"), modded_nanogpt("transpose_copy")
+    rows, cols = z.shape
+    vocabulary = modded_nanogpt("CE_KERNEL_VOCAB_SIZE")
+    _need(cols == vocabulary, f"modded-nanogpt's kernel has {vocabulary} columns")
+    prefixes, weight = loss.prefix_targets_T, loss.prefix_weight.reshape(1)
+    prefixes = torch.full_like(targets_T, -1) if prefixes is None else prefixes
+
+    def call() -> LossAndGrad:
+        losses = torch.empty(rows, device=z.device)
+        dz = torch.empty(rows, cols, dtype=torch.float8_e5m2, device=z.device)
+        inputs = (z, targets_T, loss.weights_N, prefixes, weight)
+        sizes = (rows, len(loss.weights_N), loss.a, loss.b, loss.c, dz_scale, 1.0)
+        kernel(*inputs, losses, dz, *sizes)
+        dz_t = None
+        if transposed:
+            dz_t = torch.empty(cols, rows, dtype=dz.dtype, device=z.device)
+            transpose(dz, dz_t)
+        return LossAndGrad(losses, losses.new_empty(0), dz, dz_t)
+
+    return call
 
 
 def quack_sym_matmul(
