@@ -46,6 +46,7 @@ PRIORITY = (
     "fp8_matmul",
     "relu2_mlp",
     "fp8_quantize",
+    "softcap_ce",
     "attention",
     "sym_matmul",
     "polar_express",
