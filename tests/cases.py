@@ -545,14 +545,14 @@ class DcCase:
 
 # For every type, on every backend.
 DC_ATTENTION_SMALL = (
-    DcCase("three_blocks", (0, 200), 112, 2, 32, 32, "the record's window, more than two blocks"),
-    DcCase("largest_window", (0, 5, 200, 200), 128, 1, 16, 16, "two whole blocks before a query's"),
+    DcCase("three_blocks", (0, 140), 112, 2, 32, 32, "the record's window, more than two blocks"),
+    DcCase("largest_window", (0, 5, 150, 150), 128, 1, 16, 16, "two whole blocks before a query's"),
     DcCase("one_block_back", (0, 150), 65, 2, 16, 16, "reaches the first key of the block before"),
     DcCase("documents", (0, 1, 4, 4, 67, 130, 131), 30, 3, 24, 40, "lengths 0, 1; odd head dims"),
     DcCase("itself", (0, 70), 1, 2, 8, 8, "softmaxes of one score: q and k have no gradient"),
     DcCase("wide_window", (0, 90), 1000, 2, 16, 8, "more than there are tokens"),
     DcCase("odd_heads", (0, 40, 100), 17, 5, 7, 9, "no row is aligned"),
-    DcCase("one_token", (0, 1), 112, 6, 128, 128, "a row"),
+    DcCase("single_tokens", tuple(range(13)), 112, 6, 128, 128, "the record's heads, rows of one"),
 )
 
 # The layer of the record that has it, at the three stages: heads of 128, a window of 112.

@@ -16,7 +16,7 @@ from speedrun.config import LayerSpec, ModelConfig
 from speedrun.gates import Gates, MuddLayer
 from speedrun.ops.attention import AttentionPlan, attention
 from speedrun.ops.attention_epilogue import attention_epilogue
-from speedrun.ops.dc_attention import dc_attention
+from speedrun.ops.dc_attention import DcPlan, dc_attention
 from speedrun.ops.qk_norm_rope import pair_heads, qk_norm_rope, unpair_heads
 from speedrun.ops.relu2_mlp import Fp8Layer, relu2_mlp
 from speedrun.ops.residual_mix import residual_mix, residual_mix_norm
@@ -29,7 +29,7 @@ class BatchPlan:
     """What all layers of a micro-batch share: who sees whom, and how positions turn."""
 
     masks: dict[tuple[str, bool], AttentionPlan]  # by window and by whether heads are paired
-    dc_mask: AttentionPlan | None
+    dc: DcPlan | None
     rotary: dict[bool, tuple[Tensor, Tensor]]  # cos and sin, by whether heads are paired
     score_scale: float
     first_PT: Tensor | None  # bool: where documents begin, if nothing may look across
@@ -185,7 +185,7 @@ def attend(
 
     if spec.dc:
         w1_TH, w2_TH = by_token(gates.dc1), by_token(gates.dc2)
-        y = y + dc_attention(q, k, v, w1_TH, w2_TH, plan.dc_mask, plan.score_scale)
+        y = y + dc_attention(q, k, v, w1_TH, w2_TH, plan.dc, plan.score_scale)
     y = attention_epilogue(y, v, by_token(gates.xsa), by_token(gates.attention))
     return y.flatten(1).unflatten(0, h.shape[:2]) @ scaled(weights.lambda_o, w_o).T
 

@@ -390,7 +390,7 @@ class GPT(nn.Module):
             prefix_weight=weights.prefix,
             count_missing_targets=head.count_missing_targets,
             round_sigmoid=head.round_sigmoid and fp8 is not None,
-            fp8=None if fp8 is None else fp8.weights,
+            fp8=None if fp8 is None else fp8.current(),
         )
         return losses.sum()
 
