@@ -52,6 +52,8 @@ PRIORITY = (
     "polar_express",
     "qk_norm_rope",
     "attention_epilogue",
+    "residual_mix",
+    "dc_attention",
     "transpose",
     "adam_step",
     "normuon_step",

@@ -85,6 +85,8 @@ REQUIRED = (
     ("qk_norm_rope", "triton", "", ("ld128", "st128")),
     ("attention_epilogue", "cuda", "true>", ("ld128", "st128")),
     ("attention_epilogue", "triton", "", ("ld128", "st128")),
+    ("residual_mix", "triton", "", ("ld128", "st128")),
+    ("dc_attention", "triton", "", ("HGMMA",)),
 )
 
 # What ptxas says when it gives up on what the kernel was written for.
