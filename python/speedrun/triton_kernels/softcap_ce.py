@@ -97,8 +97,9 @@ def softcap_ce_kernel(
             target = tl.load(prefix_targets_ptr + row, mask=in_rows, other=-1)
             weight = tl.load(prefix_weight_ptr)
         in_cols = (target >= 0) & (target < cols)
-        sigmoid = _sigmoid(z_ptr + row * cols + target, in_cols, slope, offset, ROUNDED, SOFTWARE)
-        logit = tl.where(in_cols, a * sigmoid, float("nan"))
+        ptrs = z_ptr + row * cols + target
+        own = _sigmoid(ptrs, in_cols, slope, offset, ROUNDED, SOFTWARE)
+        logit = tl.where(in_cols, a * own, float("nan"))
         loss += tl.where(target >= 0, weight * (lse - logit), 0.0)
         total += tl.where(target >= 0, weight, 0.0)
     total += missing
@@ -122,8 +123,8 @@ def softcap_ce_kernel(
         code = fp8_bits(grad * sigmoid * (1.0 - sigmoid) * times, 2, SOFTWARE)
         tl.store(dz_ptr + row[:, None] * cols + col[None, :], code, mask=mask)
         if dz_t_ptr is not None:
-            ptrs = dz_t_ptr + col[:, None].to(tl.int64) * rows + row[None, :]
-            tl.store(ptrs, tl.trans(code), mask=(col[:, None] < cols) & in_rows[None, :])
+            t_ptrs = dz_t_ptr + col[:, None].to(tl.int64) * rows + row[None, :]
+            tl.store(t_ptrs, tl.trans(code), mask=(col[:, None] < cols) & in_rows[None, :])
 
 
 def softcap_ce_fp8_out(
