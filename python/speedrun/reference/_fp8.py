@@ -1,4 +1,5 @@
-"""FP8 numbers: the largest value of each type and the saturating cast that all references share."""
+"""FP8 numbers: the largest value of each type, and the saturating cast and amax that all references
+share."""
 
 from __future__ import annotations
 
@@ -17,3 +18,10 @@ def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     limit = FP8_MAX[dtype]
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) / scale).clamp(-limit, limit).to(dtype)
+
+
+def max_abs(x: Tensor) -> Tensor:
+    """() float32: max|x|, 0 for no elements, NaN if there is one."""
+    if x.numel() == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)  # one pass, no copy

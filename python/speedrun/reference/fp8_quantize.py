@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speedrun.reference._fp8 import FP8_MAX, to_fp8
+from speedrun.reference._fp8 import FP8_MAX, max_abs, to_fp8
 
 E4M3 = torch.float8_e4m3fn
 MIN_AMAX = 1e-12
@@ -29,13 +29,6 @@ class MlpWeights(NamedTuple):
     down_f8_t: Tensor  # (L, D, F): K-major for post @ down
     down_scale: Tensor  # (L,) float32
     down_amax: Tensor  # (L,) float32, of these weights: the next refresh wants it
-
-
-def max_abs(x: Tensor) -> Tensor:
-    """() float32: max|x|, 0 for no elements, NaN if there is one."""
-    if x.numel() == 0:
-        return x.new_zeros((), dtype=torch.float32)
-    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)  # one pass, no copy
 
 
 def scale_of(amax: Tensor, headroom: float = 1.0, dtype: torch.dtype = E4M3) -> Tensor:
