@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from speedrun.config import HeadConfig, MLPConfig
 from speedrun.ops.fp8_quantize import MlpWeights, delayed_scale, refresh_mlp_weights
 from speedrun.ops.head_loss import Fp8Head, quantize_head
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms
+
+_Weights = TypeVar("_Weights", MlpWeights, Fp8Head)
 
 
 class Fp8MLPState(nn.Module):
@@ -41,9 +44,7 @@ class Fp8MLPState(nn.Module):
 
     def layers(self) -> list[Fp8Layer]:
         """What `relu2_mlp` takes, layer by layer, in one forward pass."""
-        w = self.weights
-        if w is None:
-            raise RuntimeError("there are no FP8 weights yet: refresh_fp8 begins each step")
+        w = _existing(self.weights)
         banks = (w.up_f8, w.up_f8_t, w.up_scale, w.down_f8, w.down_f8_t, w.down_scale)
         banks += (self.post_scale_L,)
         return [
@@ -57,13 +58,31 @@ class Fp8MLPState(nn.Module):
 
 
 class Fp8HeadState:
-    """FP8 copies of the head's weight. Its scales are constants, so nothing else is kept."""
+    """FP8 copies of the head's weight. Its scales are constants, so nothing else is kept.
+
+    They are as new as the weight's version counter says: PyTorch raises it at each change in
+    place, and `Optimizer` where it goes around autograd. What else writes through `.data` must
+    call `torch.autograd.graph.increment_version`.
+    """
 
     def __init__(self, config: HeadConfig) -> None:
         self.amax = {name: getattr(config, name) for name in ("x_amax", "w_amax", "grad_amax")}
         self.weights: Fp8Head | None = None
+        self.source: tuple[int, int] | None = None  # address and version of what was quantised
 
     @torch.no_grad()
     def refresh(self, lm_head: Tensor) -> None:
-        """Quantise the weight anew; once a step, before its first micro-batch."""
-        self.weights = quantize_head(lm_head, **self.amax)
+        """Quantise the weight if it has changed; once a step, before its first micro-batch."""
+        source = (lm_head.data_ptr(), lm_head._version)
+        if source != self.source:
+            self.weights, self.source = quantize_head(lm_head, **self.amax), source
+
+    def current(self) -> Fp8Head:
+        """What `head_loss` takes."""
+        return _existing(self.weights)
+
+
+def _existing(weights: _Weights | None) -> _Weights:
+    if weights is None:
+        raise RuntimeError("there are no FP8 weights yet: refresh_fp8 begins each step")
+    return weights

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from speedrun.comms import Comms, Pending, rows_per_rank, sent_bytes, sparse_sent_bytes
 from speedrun.config import AdamRow, ConfigError, MuonRow, OptimConfig
@@ -319,6 +320,8 @@ class Optimizer:
             kind = (plan.adam, plan.tied)
             self.graphs.run(kind, lambda: self._work(inside, plan.tied))
             self._work(outside, plan.tied)
+        # Written through .data: tells who keeps copies of a parameter (`Fp8HeadState`).
+        increment_version([place.param for group in due for i in group for place in i.places])
         if plan.split:  # embed goes on from where they were one
             for name, tensor in self.rules[EMBED].state.items():
                 tensor.copy_(self.rules[HEAD].state[name])
@@ -350,6 +353,7 @@ class Optimizer:
         """Put a snapshot back, bitwise, and forget gradients."""
         for t, saved in zip(self._tensors(), snapshot, strict=True):
             t.copy_(saved)
+        increment_version(self.params.values())
         for param in self.params.values():
             self._forget(param)
         for rows in self.sparse.values():

@@ -217,7 +217,8 @@ def test_casts_and_logits_of_the_public_program(shared_data):
 
 def test_losses_and_gradients_of_the_public_program(shared_data, backend):
     """Its grad_scale is what the sum of losses is multiplied by. All exact; but Triton has another
-    order of sums in the gradients: there as near to the exact products as the public numbers."""
+    order of sums: there losses to float32's rounding, gradients as near to the exact products as
+    the public numbers."""
     h, arguments, options = golden_head(shared_data)
     grad_T = h["scales"][3].float().expand(64)
     loss, dx, dw = run_fp8(h["x"], h["w"], arguments, options, grad_T)
@@ -275,6 +276,49 @@ def test_fp8_is_the_product_of_its_fp8_numbers(grad):
         assert_accurate(found, exact.bfloat16(), exact)
 
 
+@pytest.mark.usefixtures("backend")
+def test_weight_gradients_add_up_unrounded():
+    """Of micro-batches of two steps, weighed differently, on top of what the buffer holds."""
+    x, w, arguments, options = fp8_problem()
+    options |= {"fp8": quantize_head(w)}
+    grads = [torch.full((32,), 0.25), normal(32).float()]
+    start = normal(16, 48, seed=5).float()
+    found = start.clone()
+    for grad_T in grads:
+        loss, dx, dw = run(x, w, arguments, options | {"dw_sum_DV": found}, grad_T)
+        expected = run(x, w, arguments, options, grad_T)
+        assert dw is None
+        assert_same_bits(loss, expected[0])
+        assert_same_bits(dx, expected[1])
+    parts = [run(x, w, arguments, options, grad_T)[2].double() for grad_T in grads]
+    unrounded = 2**-8 * sum(part.abs() for part in parts)
+    error = (found.double() - start.double() - sum(parts)).abs()
+    assert (error <= 1.01 * unrounded + 1e-6).all()
+    assert (found - start != (found - start).bfloat16()).any()
+
+
+@pytest.mark.usefixtures("backend")
+def test_fp8_of_micro_batches_is_that_of_the_whole():
+    """Positions don't see each other, nor how the batch was cut or the sum of losses scaled."""
+    x, w, (targets, *others), options = fp8_problem()
+    prefixes = options.pop("prefix_targets_T")
+    options |= {"fp8": quantize_head(w)}
+
+    def part(rows, grad):
+        dw_sum = torch.zeros(w.shape)
+        more = {"prefix_targets_T": prefixes[rows], "dw_sum_DV": dw_sum}
+        grad_T = torch.full((len(x[rows]),), grad)
+        loss, dx, _ = run(x[rows], w, (targets[rows], *others), options | more, grad_T)
+        return loss, dx, dw_sum.double()
+
+    loss, dx, dw = part(slice(None), 1.0)
+    for grad in (1.0, 0.125):
+        first, second = part(slice(8), grad), part(slice(8, None), grad)
+        assert_same_bits(torch.cat([first[0], second[0]]), loss)
+        assert_same_bits(torch.cat([first[1], second[1]]), dx * grad)
+        torch.testing.assert_close(first[2] + second[2], dw * grad, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("grad", ["factor", "each"])
 def test_fp8_is_near_the_exact_gradient(grad):
     """Within what e4m3 (2^-4 at most) of two operands and e5m2 (2^-3) of the third can do."""
@@ -317,6 +361,16 @@ def test_quantize_head_takes_the_largest_values():
     loss = run(x, w, arguments, options | {"fp8": head})[0]
     same = softcap_ce(z.bfloat16(), *arguments, **options)
     assert_accurate(loss, same, softcap_ce(z, *arguments, **options))
+
+
+@pytest.mark.usefixtures("backend")
+def test_fp8_without_prefix_targets():
+    """The last stage's: a prefix target of weight 0 is the same."""
+    x, w, (targets, weights, *softcap), options = fp8_problem()
+    arguments = (targets[:, :1].contiguous(), weights[:1], *softcap)
+    expected = run_fp8(x, w, arguments, options | {"prefix_weight": 0.0})
+    for mine, same in zip(run_fp8(x, w, arguments, ALL), expected, strict=True):
+        assert_same_bits(mine, same)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
@@ -367,6 +421,22 @@ def test_compiles_fullgraph_without_recompiling(kind):
 def test_chunks_compile(chunks, compiler):
     compiles_to_the_same(compiler, "chunks")
     assert max(chunks) == ("softcap_ce_grad", 4, 21)
+
+
+def test_compiled_code_leaves_adding_weight_gradients_to_eager_code():
+    x, w, arguments, options = fp8_problem()
+    options |= {"fp8": quantize_head(w)}
+    sums = torch.zeros(2, *w.shape)
+    torch._dynamo.reset()
+    functions = (head_loss, torch.compile(head_loss, backend="aot_eager"))
+    for dw_sum, function in zip(sums, functions, strict=True):
+        leaf = x.clone().requires_grad_()
+        function(leaf, w, *arguments, **options, dw_sum_DV=dw_sum).sum().backward()
+    assert_same_bits(sums[1], sums[0])
+    torch._dynamo.reset()
+    whole = torch.compile(head_loss, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        whole(x, w, *arguments, **options, dw_sum_DV=sums[0])
 
 
 def test_fp8_compiles_with_inductor():
@@ -426,6 +496,13 @@ def test_refusals():
         ValueError, match=r"fp8 is of a weight \(16, 48\), w_DV has shape \(16, 40\)"
     ):
         head_loss(x, w[:, :40], *arguments, fp8=head)
+    with pytest.raises(ValueError, match=r"dw_sum_DV is of the FP8 head: give fp8 too"):
+        head_loss(x, w, *arguments, dw_sum_DV=torch.zeros(16, 48))
+    with pytest.raises(TypeError, match=r"dw_sum_DV must be float32, got torch\.bfloat16"):
+        head_loss(x, w, *arguments, fp8=head, dw_sum_DV=torch.zeros_like(w))
+    for wrong in (torch.zeros(48, 16), torch.zeros(48, 16).mT):
+        with pytest.raises(ValueError, match=r"dw_sum_DV must be contiguous and \(16, 48\) like"):
+            head_loss(x, w, *arguments, fp8=head, dw_sum_DV=wrong)
     with pytest.raises(TypeError, match=r"w_DV must be bfloat16 \(D, V\), got torch\.float32"):
         quantize_head(w.float())
     for wrong in ("x_amax", "w_amax", "grad_amax"):

@@ -9,11 +9,12 @@ chunks compute their gradients in the forward pass, for losses that are weighed 
 a mean's are. If they turn out not to be, the backward pass computes them again.
 
 With FP8 (RECIPE section 3, "FP8"): x and W as e4m3, logits in bf16, their gradient as e5m2; dX in
-bf16; dW summed in float32 and rounded to bf16. Scales are constants, made from the largest values
-that are expected. The gradient of the logits is quantised as that of the plain sum of losses, in
-the forward pass; what backward brings, g (T,), comes after: dX's row t is multiplied by g[t], and
-for dW row t of x by g[t]/max|g|, which is 1 where losses are weighed alike. So the FP8 numbers
-don't depend on such a factor: the public program's grad_scale is one.
+bf16; dW summed in float32 and rounded to bf16, or added unrounded to a buffer. Scales are
+constants, made from the largest values that are expected. The gradient of the logits is quantised
+as that of the plain sum of losses, in the forward pass; what backward brings, g (T,), comes after:
+dX's row t is multiplied by g[t], and for dW row t of x by g[t]/max|g|, which is 1 where losses are
+weighed alike. So the FP8 numbers don't depend on such a factor: the public program's grad_scale is
+one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops._library import define
-from speedrun.ops.fp8_matmul import fp8_matmul
+from speedrun.ops.fp8_matmul import fp8_matmul, fp8_matmul_add_
 from speedrun.ops.fp8_quantize import fp8_quantize
 from speedrun.ops.softcap_ce import as_scalar, check, rows_at_once, softcap_ce, softcap_ce_fp8
 from speedrun.reference import softcap_ce as reference
@@ -86,11 +87,14 @@ def head_loss(
     count_missing_targets: bool = False,
     round_sigmoid: bool = False,
     fp8: Fp8Head | None = None,
+    dw_sum_DV: Tensor | None = None,
 ) -> Tensor:
     """(T,) loss `softcap_ce` of x·W, float32 (of float64: float64); differentiable in x and W.
 
-    With `fp8`, the copies of this `w_DV`, both are bf16. TypeError for another type, ValueError
-    for another shape.
+    With `fp8`, the copies of this `w_DV`, both are bf16. `dw_sum_DV`, only with `fp8` and outside
+    compiled code: a float32 buffer to which backward adds dW, unrounded, instead of giving W a
+    gradient, for all micro-batches and steps between two updates. TypeError for another type,
+    ValueError for another shape, RuntimeError in compiled code.
     """
     check("head_loss", "x_TD", x_TD, targets_TN, weights_N, prefix_targets_T, prefix_weight)
     if w_DV.dtype != x_TD.dtype or (fp8 is not None and x_TD.dtype != torch.bfloat16):
@@ -103,6 +107,8 @@ def head_loss(
             f"head_loss needs x_TD (T, D) and w_DV (D, V), got {tuple(x_TD.shape)} and "
             f"{tuple(w_DV.shape)}"
         )
+    if fp8 is None and dw_sum_DV is not None:
+        raise ValueError("head_loss: dw_sum_DV is of the FP8 head: give fp8 too, or neither")
     if fp8 is None and x_TD.shape[0] <= rows_at_once(w_DV.shape[1], w_DV.device):
         return softcap_ce(
             x_TD @ w_DV,
@@ -125,21 +131,38 @@ def head_loss(
                 f"head_loss: fp8 is of a weight {tuple(fp8.w_f8_DV.shape)}, w_DV has shape "
                 f"{tuple(w_DV.shape)}; make it anew by quantize_head"
             )
-        return _Fp8HeadLoss.apply(x_TD, w_DV, *fp8, *loss)
+        if dw_sum_DV is not None:
+            _check_dw_sum(dw_sum_DV, w_DV)
+        return _Fp8HeadLoss.apply(x_TD, w_DV, dw_sum_DV, *fp8, *loss)
     if torch.is_grad_enabled() and (x_TD.requires_grad or w_DV.requires_grad):
         return _ChunkedHeadLoss.apply(x_TD, w_DV, *loss)
     return torch.ops.speedrun.linear_softcap_ce(x_TD, w_DV, *loss)
 
 
+def _check_dw_sum(dw_sum_DV: Tensor, w_DV: Tensor) -> None:
+    if torch.compiler.is_compiling():  # writes in place in a backward pass: PyTorch issue 180642
+        raise RuntimeError("head_loss: dw_sum_DV is not for compiled code: leave it out there")
+    if dw_sum_DV.dtype != torch.float32:
+        raise TypeError(f"head_loss: dw_sum_DV must be float32, got {dw_sum_DV.dtype}")
+    if dw_sum_DV.shape != w_DV.shape or not dw_sum_DV.is_contiguous():
+        raise ValueError(
+            f"head_loss: dw_sum_DV must be contiguous and {tuple(w_DV.shape)} like w_DV, got "
+            f"{tuple(dw_sum_DV.shape)} with strides {dw_sum_DV.stride()}"
+        )
+
+
 class _Fp8HeadLoss(torch.autograd.Function):
-    """Loss (T,) float32. Nothing in here is in place (PyTorch issue 180642)."""
+    """Loss (T,) float32. Only `dw_sum_DV` is written in place (PyTorch issue 180642)."""
 
     @staticmethod
-    def forward(ctx, x_TD, w_DV, w_f8_DV, w_f8_VD, w_scale, x_scale, dz_scale, *loss):
+    def forward(ctx, x_TD, w_DV, dw_sum_DV, w_f8_DV, w_f8_VD, w_scale, x_scale, dz_scale, *loss):
         x_f8, _, _ = fp8_quantize(x_TD, x_scale)
         z_TV = fp8_matmul(x_f8, w_f8_VD, x_scale, w_scale, fast_accum=True)
         options = {**Loss(*loss)._asdict(), "dz_scale": dz_scale, "transposed": True}
+        if options["prefix_targets_T"] is None:
+            options["prefix_weight"] = 0.0
         loss_T, _, dz_f8, dz_f8_t = softcap_ce_fp8(z_TV, **options)
+        ctx.dw_sum_DV = dw_sum_DV
         ctx.save_for_backward(x_TD, w_f8_DV, w_scale, x_scale, dz_f8, dz_f8_t, dz_scale)
         return loss_T
 
@@ -151,8 +174,13 @@ class _Fp8HeadLoss(torch.autograd.Function):
         largest = max_abs(grad_T).clamp(min=MIN_AMAX)
         _, x_f8_t, _ = fp8_quantize(x_TD * (grad_T / largest)[:, None], x_scale, transposed=True)
         dw_scale = dz_scale * largest
-        dw = fp8_matmul(x_f8_t, dz_f8_t, x_scale, dw_scale, out_dtype=torch.float32)
-        return dx, dw.bfloat16(), *[None] * (len(Fp8Head._fields) + len(Loss._fields))
+        operands = (x_f8_t, dz_f8_t, x_scale, dw_scale)
+        dw = None
+        if ctx.dw_sum_DV is None:
+            dw = fp8_matmul(*operands, out_dtype=torch.float32).bfloat16()
+        else:
+            fp8_matmul_add_(ctx.dw_sum_DV, *operands)
+        return dx, dw, *[None] * (1 + len(Fp8Head._fields) + len(Loss._fields))
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
