@@ -1,8 +1,8 @@
 """Front door of `dc_attention`: dynamically composed attention over the last keys of a document.
 
-Any number of heads, any window, any head dims; T tokens, H heads, K and E head dims of keys and
-values. Kernels take bf16 or float32 queries, keys and values of one type, sum in float32, and keep
-no table larger than (T, window).
+Any number of heads, any window; T tokens, H heads, K and E head dims of keys and values. Kernels
+take queries, keys and values of one type, bf16 with heads of up to 128 or float32 with up to 64,
+sum in float32, and keep no table larger than (T, window).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from speedrun.reference.dc_attention import DcPlan, normed_over_heads
 __all__ = ["DcPlan", "dc_attention", "plan_dc_attention"]
 
 DTYPES = (torch.bfloat16, torch.float32)  # that kernels have
-MAX_HEAD_DIM = 128  # two sums of (64, 128) stay in registers
+MAX_ROW_BYTES = 256  # of a head: 128 numbers of bf16, so that blocks fit into shared memory
 
 
 def plan_dc_attention(cu_seqlens: Tensor, num_tokens: int, window: int) -> DcPlan:
@@ -53,10 +53,9 @@ def dc_attention(
     """
     _check(q_THK, k_THK, v_THE, w1_TH, w2_TH, plan)
     has_kernel = (
-        {q_THK.dtype} == {k_THK.dtype, v_THE.dtype, q_THK.dtype}
-        and q_THK.dtype in DTYPES
-        and all(w.dtype in DTYPES for w in (w1_TH, w2_TH))
-        and max(q_THK.shape[2], v_THE.shape[2]) <= MAX_HEAD_DIM
+        q_THK.dtype == k_THK.dtype == v_THE.dtype
+        and all(x.dtype in DTYPES for x in (q_THK, w1_TH, w2_TH))
+        and max(q_THK.shape[2], v_THE.shape[2]) * q_THK.element_size() <= MAX_ROW_BYTES
     )
     backend = choose("dc_attention", q_THK.device, triton=has_kernel)
     if backend == "torch":

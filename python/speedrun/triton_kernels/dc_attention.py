@@ -20,7 +20,7 @@ from speedrun.triton_kernels._fp8 import interprets, round_to_bf16, to_float
 # wgmma's rows; with a window of 112 three blocks of keys hold all that 64 queries see.
 BLOCK = 64
 # With 4 warps the gradients' sums, and addresses into the tables, would spill.
-OPTIONS = {"num_warps": 8, "num_stages": 2}
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -301,6 +301,18 @@ def _grids(num_tokens: int, num_heads: int, window: int) -> tuple[tuple[int, int
     return (num_blocks, num_heads), (num_blocks, triton.cdiv(window - 1, BLOCK) + 1)
 
 
+def options(shared_bytes: int) -> dict[str, int]:
+    """For a GPU whose blocks may have `shared_bytes` of shared memory: two blocks of keys in flight
+    need up to 112 KiB with head dims of 128."""
+    return {"num_warps": NUM_WARPS, "num_stages": 2 if shared_bytes >= 131_072 else 1}
+
+
+def _options(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return options(0)
+    return options(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
 def _strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
@@ -330,16 +342,16 @@ def dc_attention_out(
     sizes = (num_tokens, num_heads, window)
     scale_log2 = scale * math.log2(math.e)
     keys, values = _blocks(K=head_dim), _blocks(E=v.shape[2])
-    strides = (_strides(q), _strides(k))
+    strides, launch = (_strides(q), _strides(k)), _options(q.device)
     with torch.cuda.device_of(q):  # a launch goes to the current device
         dc_softmax_kernel[by_head](
-            q, k, start, largest, share, *strides, *sizes, scale_log2, **keys, **OPTIONS
+            q, k, start, largest, share, *strides, *sizes, scale_log2, **keys, **launch
         )  # fmt: skip
         dc_mix_kernel[by_block](
-            q, k, w1, start, largest, share, mixed, *strides, *sizes, scale_log2, **keys, **OPTIONS
+            q, k, w1, start, largest, share, mixed, *strides, *sizes, scale_log2, **keys, **launch
         )  # fmt: skip
         dc_values_kernel[by_head](
-            v, w2, start, mixed, y, _strides(v), *sizes, **values, **OPTIONS
+            v, w2, start, mixed, y, _strides(v), *sizes, **values, **launch
         )  # fmt: skip
 
 
@@ -373,25 +385,25 @@ def dc_attention_bwd_out(
     scales = (scale, scale * math.log2(math.e))
     keys, values = {"K": head_dim}, {"E": v.shape[2]}
     q_strides, k_strides, v_strides, dy_strides = (_strides(x) for x in (q, k, v, dy))
-    softmaxes = (start, largest, share)
+    softmaxes, launch = (start, largest, share), _options(q.device)
     with torch.cuda.device_of(q):
         dc_dmixed_kernel[by_block](
             v, w2, start, dy, dmixed, v_strides, dy_strides, *sizes,
-            **_blocks(**values), **OPTIONS,
+            **_blocks(**values), **launch,
         )  # fmt: skip
         dc_dw_kernel[by_head](
             q, k, v, *softmaxes, mixed, dmixed, dy, dw1, dw2,
             q_strides, k_strides, v_strides, dy_strides, *sizes, scales[1],
-            **_blocks(**keys, **values), **OPTIONS,
+            **_blocks(**keys, **values), **launch,
         )  # fmt: skip
         dc_dq_kernel[by_head](
             q, k, w1, *softmaxes, dmixed, dw1, dq, q_strides, k_strides, *sizes, *scales,
-            **_blocks(**keys), **OPTIONS,
+            **_blocks(**keys), **launch,
         )  # fmt: skip
         dc_dkv_kernel[by_head](
             q, k, w1, w2, *softmaxes, mixed, dmixed, dy, dw1, dk, dv,
             q_strides, k_strides, dy_strides, *sizes, *scales,
-            **_blocks(**keys, **values), **OPTIONS,
+            **_blocks(**keys, **values), **launch,
         )  # fmt: skip
 
 
@@ -412,9 +424,5 @@ def static_variants():
     for kernel in (*forward, dc_dmixed_kernel, dc_dw_kernel, dc_dq_kernel, dc_dkv_kernel):
         names = [param.name for param in kernel.params]
         chosen = ({name: of[name] for name in names if name in of} for of in (types, constants))
-        yield (
-            kernel.fn.__name__,
-            kernel,
-            *chosen,
-            OPTIONS,
-        )
+        for kib in (227, 99):
+            yield f"{kernel.fn.__name__} {kib} KiB", kernel, *chosen, options(kib << 10)
