@@ -353,12 +353,10 @@ class MixCase:
     why: str
 
 
-# For every type, on every backend.
 RESIDUAL_MIX_SMALL = (
     MixCase("aligned", 40, (128, 128, 128), "rows of whole vectors, several programs"),
     MixCase("narrow", 33, (96, 96, 96, 24, 96), "a bigram embedding of fewer columns between"),
     MixCase("odd", 7, (65, 65, 33), "no row is aligned"),
-    MixCase("one_term", 5, (48,), "a factor and a norm"),
     MixCase("many_terms", 3, (32,) * 8, "more than the model has"),
     MixCase("wide_rows", 3, (5000, 5000, 1), "a row a program"),
     MixCase("two_columns", 64, (2, 1), "a norm of two numbers, a column"),
@@ -367,9 +365,10 @@ RESIDUAL_MIX_SMALL = (
 )
 
 # What a layer of the record does (RECIPE section 3), at the three stages' tokens.
+STAGES = (("s1", 16384), ("s2", 32768), ("s3", 49152))
 RESIDUAL_MIX_FULL = tuple(
     MixCase(f"{kind}_{stage}", tokens, (768,) * num_terms, why)
-    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for stage, tokens in STAGES
     for kind, num_terms, why in (
         ("attention", 4, "behind attention: x, its output, x0, bigram embedding; and the norm"),
         ("mlp", 2, "behind the MLP: x, its output; and the next layer's norm"),
@@ -399,7 +398,6 @@ class HeadsCase:
     gate: bool = False
 
 
-# For every type, on every backend.
 QK_NORM_ROPE_SMALL = (
     HeadsCase("whole_block", 1, 16, 2, 128, 128, "rows are whole programs"),
     HeadsCase("cut", 2, 11, 3, 64, 64, "the last program is cut, and parts end within one"),
@@ -420,7 +418,7 @@ QK_NORM_ROPE_SMALL = (
 # Layers of the record (RECIPE section 3), at the three stages' tokens.
 QK_NORM_ROPE_FULL = tuple(
     HeadsCase(f"{kind}_{stage}", 1, tokens, 6, 128, 128, why, **options)
-    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for stage, tokens in STAGES
     for kind, why, options in (
         ("short", "layers 4, 7: nothing added", {}),
         ("paired", "layers 0, 5: tables by head", {"paired": True}),
@@ -443,7 +441,6 @@ class EpilogueCase:
     gate: bool = True
 
 
-# For every type, on every backend.
 ATTENTION_EPILOGUE_SMALL = (
     EpilogueCase("whole_block", 16, 2, 128, "rows are whole programs"),
     EpilogueCase("cut", 11, 3, 64, "the last program is cut"),
@@ -457,7 +454,7 @@ ATTENTION_EPILOGUE_SMALL = (
 
 ATTENTION_EPILOGUE_FULL = tuple(
     EpilogueCase(f"{kind}_{stage}", tokens, 6, 128, why, xsa, gate)
-    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for stage, tokens in STAGES
     for kind, why, xsa, gate in (
         ("xsa", "layers 1, 4, 7", True, False),
         ("both", "layer 3", True, True),
@@ -543,7 +540,6 @@ class DcCase:
     why: str
 
 
-# For every type, on every backend.
 DC_ATTENTION_SMALL = (
     DcCase("three_blocks", (0, 140), 112, 2, 32, 32, "the record's window, more than two blocks"),
     DcCase("largest_window", (0, 5, 150, 150), 128, 1, 16, 16, "two whole blocks before a query's"),
@@ -566,7 +562,7 @@ DC_ATTENTION_SMALL = (
 # The layer of the record that has it, at the three stages: heads of 128, a window of 112.
 DC_ATTENTION_FULL = tuple(
     DcCase(stage, tuple(range(0, tokens + 1, 512)), 112, 6, 128, 128, "documents of 512 tokens")
-    for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
+    for stage, tokens in STAGES
 )
 
 
