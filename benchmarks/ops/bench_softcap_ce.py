@@ -46,6 +46,9 @@ def loss_benchmark(case: CrossEntropyCase, device: torch.device, transposed: boo
     weight = torch.tensor(0.25 if case.prefix else 0.0, device=device)
     targets, scale = next_tokens(tokens, case.num_targets), torch.tensor(SCALE, device=device)
     loss = reference.Loss(targets, weights, A, B, C, prefixes, weight, True, True)
+    options = {**loss._asdict(), "dz_scale": scale}
+    if prefixes is None:
+        options["prefix_weight"] = 0.0
 
     def check(name: str, result: LossAndGrad) -> None:
         rows = min(case.rows, CHECKED_ROWS)
@@ -64,14 +67,14 @@ def loss_benchmark(case: CrossEntropyCase, device: torch.device, transposed: boo
     return Benchmark(
         stem="softcap_ce",
         case=f"{case.name}_both" if transposed else case.name,
-        call=lambda: softcap_ce_fp8(z, **loss._asdict(), dz_scale=scale, transposed=transposed),
+        call=lambda: softcap_ce_fp8(z, **options, transposed=transposed),
         check=check,
         num_bytes=z.numel() * (4 if transposed else 3),
         peers={
             "modded_nanogpt": lambda: peers.modded_nanogpt_softcap_ce(
                 z, tokens, loss, SCALE, transposed
             ),
-            "inductor": lambda: compiled_reference(z, transposed, **loss._asdict(), dz_scale=scale),
+            "inductor": lambda: compiled_reference(z, transposed, **options),
         },
     )
 
