@@ -1,9 +1,9 @@
 """The steps of `polar_express` over `sym_matmul`, for several banks at a time.
 
-The same as reference/polar_express.py, but for one rounding: a·X + X·B of tall matrices is never
-rounded in between. Banks of equal short side n lie one after another in the buffers of their n × n
-matrices, so that each product of those is one launch for all. All buffers are allocated before the
-first step, and nothing waits for the device: the launches can be captured in a CUDA graph.
+The same as reference/polar_express.py. Banks of equal short side n lie one after another in the
+buffers of their n × n matrices, so that each product of those is one launch for all. All buffers
+are allocated before the first step, and nothing waits for the device: the launches can be captured
+in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from speedrun.ops.sym_matmul import sym_matmul
-from speedrun.reference.polar_express import PolarExpress, is_tall, s4_scale, takes_gram
+from speedrun.reference.polar_express import (
+    PolarExpress,
+    is_tall,
+    rounds_twice,
+    s4_scale,
+    takes_gram,
+)
 
 
 def run_banks(xs: Sequence[Tensor], spec: PolarExpress) -> list[Tensor]:
@@ -64,7 +70,11 @@ class _Group:
         parts = factor.split(self.sizes)
         for x, part, out in zip(self.xs, parts, self.spare, strict=True):
             pair = (x, part) if is_tall(x) else (part, x)
-            if a:
+            if a and rounds_twice(x, x.dtype):
+                torch.bmm(*pair, out=out)
+                # On a CPU alpha would be rounded to the type first.
+                out.add_(x, alpha=a) if x.is_cuda else out.add_(x.float() * a)
+            elif a:
                 torch.baddbmm(x, *pair, beta=a, out=out)
             else:
                 torch.bmm(*pair, out=out)

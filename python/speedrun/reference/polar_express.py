@@ -108,6 +108,11 @@ def takes_gram(x: Tensor, spec: PolarExpress) -> bool:
     return spec.form == "gram" and x.shape[-2] != x.shape[-1]
 
 
+def rounds_twice(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the standard form's X·B is rounded to `dtype` before a·X is added."""
+    return is_tall(x) and x.shape[-2] > 1024 and dtype in (torch.float16, torch.bfloat16)
+
+
 def _product_with_itself(x: Tensor) -> Tensor:
     return x.mT @ x if is_tall(x) else x @ x.mT
 
@@ -124,7 +129,7 @@ def _standard(x: Tensor, gram: Tensor, spec: PolarExpress, dtype: torch.dtype) -
     before a·X is added (the public kernels' order).
     """
     rounded, tall = _rounding_to(dtype), is_tall(x)
-    two_roundings = tall and x.shape[-2] > 1024 and dtype != x.dtype
+    two_roundings = rounds_twice(x, dtype)
     for step, (a, b, c) in enumerate(spec.coefficients):
         if step:
             gram = rounded(_product_with_itself(x))
