@@ -22,29 +22,23 @@ void softcap_ce_fp8_out(const Tensor& z, const Tensor& targets, const Tensor& we
   STD_TORCH_CHECK(z.dim() == 2 && targets.dim() == 2, kOp, ": z and targets must be matrices");
   const int32_t device = z.get_device_index();
   const int64_t rows = z.size(0), num_targets = targets.size(1);
-  const auto of = [&](const Tensor& tensor, ScalarType type, int64_t numel, const char* name) {
-    return data_of(tensor, type, numel, device, kOp, name);
-  };
-  const auto floats = [&](const Tensor& tensor, int64_t numel, const char* name) {
-    return static_cast<float*>(of(tensor, ScalarType::Float, numel, name));
-  };
-  const auto indices = [&](const Tensor& tensor, int64_t numel, const char* name) {
-    return static_cast<const int64_t*>(of(tensor, ScalarType::Long, numel, name));
-  };
-  const auto codes = [&](const Tensor& tensor, const char* name) {
-    return static_cast<uint8_t*>(of(tensor, ScalarType::Float8_e5m2, z.numel(), name));
-  };
   SoftcapCeParams params{};
-  params.z = of(z, ScalarType::BFloat16, z.numel(), "z");
-  params.targets = indices(targets, rows * num_targets, "targets");
-  params.weights = floats(weights, num_targets, "weights");
-  if (prefix_targets) params.prefix_targets = indices(*prefix_targets, rows, "prefix_targets");
-  params.prefix_weight = floats(prefix_weight, 1, "prefix_weight");
-  params.scale = floats(dz_scale, 1, "dz_scale");
-  params.loss = floats(loss, rows, "loss");
-  params.lse = floats(lse, rows, "lse");
-  params.dz = codes(dz, "dz");
-  if (dz_t) params.dz_t = codes(*dz_t, "dz_t");
+  const auto set = [&]<typename T>(T*& data, const Tensor& tensor, ScalarType type, int64_t numel,
+                                   const char* name) {
+    data = static_cast<T*>(data_of(tensor, type, numel, device, kOp, name));
+  };
+  set(params.z, z, ScalarType::BFloat16, z.numel(), "z");
+  set(params.targets, targets, ScalarType::Long, rows * num_targets, "targets");
+  set(params.weights, weights, ScalarType::Float, num_targets, "weights");
+  if (prefix_targets) {
+    set(params.prefix_targets, *prefix_targets, ScalarType::Long, rows, "prefix_targets");
+  }
+  set(params.prefix_weight, prefix_weight, ScalarType::Float, 1, "prefix_weight");
+  set(params.scale, dz_scale, ScalarType::Float, 1, "dz_scale");
+  set(params.loss, loss, ScalarType::Float, rows, "loss");
+  set(params.lse, lse, ScalarType::Float, rows, "lse");
+  set(params.dz, dz, ScalarType::Float8_e5m2, z.numel(), "dz");
+  if (dz_t) set(params.dz_t, *dz_t, ScalarType::Float8_e5m2, z.numel(), "dz_t");
   params.rows = rows;
   params.cols = z.size(1);
   params.num_targets = num_targets;
