@@ -548,15 +548,7 @@ DC_ATTENTION_SMALL = (
     DcCase("itself", (0, 70), 1, 2, 8, 8, "softmaxes of one score: q and k have no gradient"),
     DcCase("wide_window", (0, 90), 1000, 2, 16, 8, "more than there are tokens"),
     DcCase("odd_heads", (0, 40, 100), 17, 5, 7, 9, "no row is aligned"),
-    DcCase(
-        "single_tokens",
-        tuple(range(13)),
-        112,
-        6,
-        64,
-        64,
-        "six heads, as in the record; rows of one",
-    ),
+    DcCase("single_tokens", tuple(range(13)), 112, 6, 64, 64, "the record's heads, rows of one"),
 )
 
 # The layer of the record that has it, at the three stages: heads of 128, a window of 112.

@@ -48,11 +48,17 @@ def round_to_bf16(x, SOFTWARE: tl.constexpr):
 
 
 @triton.jit
+def round_as(x, DTYPE: tl.constexpr, SOFTWARE: tl.constexpr):
+    """float32 as a type of 16 or 32 bits, rounded to nearest even."""
+    if DTYPE == tl.bfloat16:
+        x = round_to_bf16(x, SOFTWARE)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def store_rounded(ptrs, x, mask, SOFTWARE: tl.constexpr):
     """float32 x, rounded once to the tensor's type, fp16, bf16 or fp32."""
-    if ptrs.dtype.element_ty == tl.bfloat16:
-        x = round_to_bf16(x, SOFTWARE)
-    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
+    tl.store(ptrs, round_as(x, ptrs.dtype.element_ty, SOFTWARE), mask=mask)
 
 
 @triton.jit

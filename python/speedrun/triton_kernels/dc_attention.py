@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from speedrun.triton_kernels._fp8 import interprets, round_to_bf16, to_float
+from speedrun.triton_kernels._fp8 import interprets, round_as, store_rounded, to_float
 
 # wgmma's rows; with a window of 112 three blocks of keys hold all that 64 queries see.
 BLOCK = 64
 # With 4 warps the gradients' sums, and addresses into the tables, would spill.
-NUM_WARPS = 8
+OPTIONS = {"num_warps": 8, "num_stages": 2}
+# Two blocks of keys and values in flight would need 112 KiB of shared memory; some GPUs have 99.
+DW_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -40,15 +42,7 @@ def _store_rows(
     col = tl.arange(0, BLOCK_D)
     ptrs = ptr + (token.to(tl.int64)[:, None] * num_heads + head) * DIM + col[None, :]
     mask = (token[:, None] < num_tokens) & (col[None, :] < DIM)
-    tl.store(ptrs, _as(x, ptr.dtype.element_ty, SOFTWARE), mask=mask)
-
-
-@triton.jit
-def _as(x, DTYPE: tl.constexpr, SOFTWARE: tl.constexpr):
-    """float32 x rounded to DTYPE."""
-    if DTYPE == tl.bfloat16:
-        x = round_to_bf16(x, SOFTWARE)
-    return x.to(DTYPE)
+    store_rounded(ptrs, x, mask, SOFTWARE)
 
 
 @triton.jit
@@ -146,8 +140,7 @@ def dc_mix_kernel(
             share = _by_head(share_ptr, query, head, num_heads, num_tokens, SOFTWARE)
             w1 = _by_head(w1_ptr, query, head, num_heads, num_tokens, SOFTWARE)
             mixed += w1[:, None] * _weights(q, k, largest, share, seen, scale_log2, SOFTWARE)
-        ptrs = _table(mixed_ptr, query, key, window)
-        tl.store(ptrs, _as(mixed, mixed_ptr.dtype.element_ty, SOFTWARE), mask=seen)
+        store_rounded(_table(mixed_ptr, query, key, window), mixed, seen, SOFTWARE)
 
 
 @triton.jit
@@ -250,7 +243,7 @@ def dc_dq_kernel(
         weights = _weights(q, k, largest, share, seen, scale_log2, SOFTWARE)
         dmixed = tl.load(_table(dmixed_ptr, query, key, window), mask=seen, other=0.0)
         dscores = _dscores(weights, w1, dw1, dmixed)
-        dq += _dot(_as(dscores, k_ptr.dtype.element_ty, SOFTWARE), k, SOFTWARE)
+        dq += _dot(round_as(dscores, k_ptr.dtype.element_ty, SOFTWARE), k, SOFTWARE)
     _store_rows(dq_ptr, dq * scale, query, head, num_heads, num_tokens, K, BLOCK_K, SOFTWARE)
 
 
@@ -279,11 +272,11 @@ def dc_dkv_kernel(
         weights = _weights(q, k, largest, share, seen, scale_log2, SOFTWARE)
         dmixed = tl.load(_table(dmixed_ptr, query, key, window), mask=seen, other=0.0)
         dscores = _dscores(weights, w1, dw1, dmixed)
-        dk += _dot(tl.trans(_as(dscores, q_ptr.dtype.element_ty, SOFTWARE)), q, SOFTWARE)
+        dk += _dot(tl.trans(round_as(dscores, q_ptr.dtype.element_ty, SOFTWARE)), q, SOFTWARE)
         mixed = tl.load(_table(mixed_ptr, query, key, window), mask=seen, other=0.0)
         w2 = _by_head(w2_ptr, query, head, num_heads, num_tokens, SOFTWARE)
         dy = to_float(_rows(dy_ptr, query, head, dy_strides, num_tokens, BLOCK_E, E), SOFTWARE)
-        dy = _as(dy * w2[:, None], dy_ptr.dtype.element_ty, SOFTWARE)
+        dy = round_as(dy * w2[:, None], dy_ptr.dtype.element_ty, SOFTWARE)
         dv += _dot(tl.trans(mixed), dy, SOFTWARE)
     _store_rows(dk_ptr, dk * scale, key, head, num_heads, num_tokens, K, BLOCK_K, SOFTWARE)
     _store_rows(dv_ptr, dv, key, head, num_heads, num_tokens, E, BLOCK_E, SOFTWARE)
@@ -299,18 +292,6 @@ def _grids(num_tokens: int, num_heads: int, window: int) -> tuple[tuple[int, int
     """Of kernels that take a head, and of those that take one of the blocks a query sees."""
     num_blocks = triton.cdiv(num_tokens, BLOCK)
     return (num_blocks, num_heads), (num_blocks, triton.cdiv(window - 1, BLOCK) + 1)
-
-
-def options(shared_bytes: int) -> dict[str, int]:
-    """For a GPU whose blocks may have `shared_bytes` of shared memory: two blocks of keys in flight
-    need up to 112 KiB with head dims of 128."""
-    return {"num_warps": NUM_WARPS, "num_stages": 2 if shared_bytes >= 131_072 else 1}
-
-
-def _options(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return options(0)
-    return options(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -342,16 +323,16 @@ def dc_attention_out(
     sizes = (num_tokens, num_heads, window)
     scale_log2 = scale * math.log2(math.e)
     keys, values = _blocks(K=head_dim), _blocks(E=v.shape[2])
-    strides, launch = (_strides(q), _strides(k)), _options(q.device)
+    strides = (_strides(q), _strides(k))
     with torch.cuda.device_of(q):  # a launch goes to the current device
         dc_softmax_kernel[by_head](
-            q, k, start, largest, share, *strides, *sizes, scale_log2, **keys, **launch
+            q, k, start, largest, share, *strides, *sizes, scale_log2, **keys, **OPTIONS
         )  # fmt: skip
         dc_mix_kernel[by_block](
-            q, k, w1, start, largest, share, mixed, *strides, *sizes, scale_log2, **keys, **launch
+            q, k, w1, start, largest, share, mixed, *strides, *sizes, scale_log2, **keys, **OPTIONS
         )  # fmt: skip
         dc_values_kernel[by_head](
-            v, w2, start, mixed, y, _strides(v), *sizes, **values, **launch
+            v, w2, start, mixed, y, _strides(v), *sizes, **values, **OPTIONS
         )  # fmt: skip
 
 
@@ -385,25 +366,25 @@ def dc_attention_bwd_out(
     scales = (scale, scale * math.log2(math.e))
     keys, values = {"K": head_dim}, {"E": v.shape[2]}
     q_strides, k_strides, v_strides, dy_strides = (_strides(x) for x in (q, k, v, dy))
-    softmaxes, launch = (start, largest, share), _options(q.device)
+    softmaxes = (start, largest, share)
     with torch.cuda.device_of(q):
         dc_dmixed_kernel[by_block](
             v, w2, start, dy, dmixed, v_strides, dy_strides, *sizes,
-            **_blocks(**values), **launch,
+            **_blocks(**values), **OPTIONS,
         )  # fmt: skip
         dc_dw_kernel[by_head](
             q, k, v, *softmaxes, mixed, dmixed, dy, dw1, dw2,
             q_strides, k_strides, v_strides, dy_strides, *sizes, scales[1],
-            **_blocks(**keys, **values), **launch,
+            **_blocks(**keys, **values), **DW_OPTIONS,
         )  # fmt: skip
         dc_dq_kernel[by_head](
             q, k, w1, *softmaxes, dmixed, dw1, dq, q_strides, k_strides, *sizes, *scales,
-            **_blocks(**keys), **launch,
+            **_blocks(**keys), **OPTIONS,
         )  # fmt: skip
         dc_dkv_kernel[by_head](
             q, k, w1, w2, *softmaxes, mixed, dmixed, dy, dw1, dk, dv,
             q_strides, k_strides, dy_strides, *sizes, *scales,
-            **_blocks(**keys, **values), **launch,
+            **_blocks(**keys, **values), **OPTIONS,
         )  # fmt: skip
 
 
@@ -423,6 +404,6 @@ def static_variants():
     forward = (dc_softmax_kernel, dc_mix_kernel, dc_values_kernel)
     for kernel in (*forward, dc_dmixed_kernel, dc_dw_kernel, dc_dq_kernel, dc_dkv_kernel):
         names = [param.name for param in kernel.params]
-        chosen = ({name: of[name] for name in names if name in of} for of in (types, constants))
-        for kib in (227, 99):
-            yield f"{kernel.fn.__name__} {kib} KiB", kernel, *chosen, options(kib << 10)
+        chosen = [{name: of[name] for name in names if name in of} for of in (types, constants)]
+        options = DW_OPTIONS if kernel is dc_dw_kernel else OPTIONS
+        yield kernel.fn.__name__, kernel, *chosen, options

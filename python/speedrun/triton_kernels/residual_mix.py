@@ -16,21 +16,14 @@ from speedrun.triton_kernels._fp8 import (
     casts_in_software,
     fp8_bits,
     interprets,
-    round_to_bf16,
+    round_as,
+    store_rounded,
     to_float,
 )
 
 NUM_WARPS = 4
 TILE = 4096  # elements a program, in whole rows: 32 a thread, 16 bytes a load
 MAX_WIDTH = 8192  # 64 elements a thread: the sum and what is loaded stay in registers
-
-
-@triton.jit
-def _round(x, DTYPE: tl.constexpr, SOFTWARE: tl.constexpr):
-    """float32 as DTYPE."""
-    if DTYPE == tl.bfloat16:
-        x = round_to_bf16(x, SOFTWARE)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -77,7 +70,7 @@ def residual_mix_kernel(
         factor = _factor(factors[i], strides[i], numbers[i], row, in_rows, SOFTWARE)
         # Beside a narrow stream an infinite factor makes no NaN.
         total += tl.where(mask, stream * factor, 0.0)
-    x = _round(total, x_ptr.dtype.element_ty, SOFTWARE)
+    x = round_as(total, x_ptr.dtype.element_ty, SOFTWARE)
     mask = in_rows[:, None] & (col[None, :] < cols)
     offset = row[:, None] * cols + col[None, :]
     tl.store(x_ptr + offset, x, mask=mask)
@@ -85,7 +78,7 @@ def residual_mix_kernel(
         rounded = to_float(x, SOFTWARE)
         mean = tl.sum(tl.where(mask, rounded * rounded, 0.0), axis=1) * inverse_cols
         normed = rounded * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
-        normed = _round(normed, normed_ptr.dtype.element_ty, SOFTWARE)
+        normed = round_as(normed, normed_ptr.dtype.element_ty, SOFTWARE)
         tl.store(normed_ptr + offset, normed, mask=mask)
         if codes_ptr is not None:
             quotient = tl.div_rn(to_float(normed, SOFTWARE), scale)
@@ -134,8 +127,7 @@ def residual_mix_bwd_kernel(
         part = in_rows[:, None] & (col[None, :] < widths[i])
         part_offset = row[:, None] * widths[i] + col[None, :]
         factor = _factor(factors[i], strides[i], numbers[i], row, in_rows, SOFTWARE)
-        dstream = _round(grad * factor, dstreams[i].dtype.element_ty, SOFTWARE)
-        tl.store(dstreams[i] + part_offset, dstream, mask=part)
+        store_rounded(dstreams[i] + part_offset, grad * factor, part, SOFTWARE)
         if factors[i] is not None:
             stream = to_float(tl.load(streams[i] + part_offset, mask=part, other=0.0), SOFTWARE)
             along = tl.sum(tl.where(part, grad * stream, 0.0), axis=1)
