@@ -253,6 +253,16 @@ def test_an_infinite_factor_stays_in_its_columns(backend):
     assert out.tolist() == [[math.inf, math.inf, 1.0, 1.0]]
 
 
+def test_norm_is_that_of_x_as_rounded(backend):
+    """257 becomes 256 in bf16: 1 over the RMS of (257, 1) is another number."""
+    big, one = (
+        torch.tensor([row], dtype=BF16, device=DEVICE) for row in ([256.0, 0.0], [1.0, 1.0])
+    )
+    x, normed, _ = residual_mix_norm([(1.0, big), (1.0, one)])
+    assert x.tolist() == [[256.0, 1.0]]
+    assert_same_bits(normed, F.rms_norm(x.double(), (2,), eps=NORM_EPS).bfloat16())
+
+
 def test_norm_of_zeros_and_of_large_numbers(backend):
     x = torch.tensor([[0.0, 0.0], [3e18, -3e18], [1e-30, 0.0]], device=DEVICE, requires_grad=True)
     _, normed, _ = residual_mix_norm([(1.0, x)])
