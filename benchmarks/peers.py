@@ -6,8 +6,9 @@ with the reason, which the benchmark prints. Nothing of these projects is in thi
     cuBLASLt         torch._scaled_mm
     Inductor         torch.compile on our reference
     modded-nanogpt   triton_kernels.py and train_gpt.py of a folder named by --modded-nanogpt
-    quack, Liger, DeepGEMM, dion, gram-newton-schulz   the packages quack, liger_kernel, deep_gemm,
-                     dion and gram_newton_schulz, if installed
+    quack, Liger, DeepGEMM, dion, gram-newton-schulz, cut-cross-entropy   the packages quack,
+                     liger_kernel, deep_gemm, dion, gram_newton_schulz and cut_cross_entropy, if
+                     installed
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from speedrun.ops.head_loss import Fp8Head
 from speedrun.reference.softcap_ce import Loss, LossAndGrad
 
 _settings: dict[str, Path | bool | None] = {"modded_nanogpt": None, "enabled": True}
@@ -139,6 +141,45 @@ def modded_nanogpt_softcap_ce(
         return LossAndGrad(losses, losses.new_empty(0), dz, dz_t)
 
     return call
+
+
+def modded_nanogpt_head(
+    targets_T: Tensor, loss: Loss, fp8: Fp8Head, dz_scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its head, differentiable: losses (T,) of x (T, D) and W (D, V), which it casts each time."""
+    function = modded_nanogpt("FusedSoftcappedCrossEntropy").apply
+    scales = (fp8.x_scale.item(), fp8.w_scale.item(), dz_scale, 1.0)
+    prefixes = (loss.prefix_targets_T, loss.prefix_weight)
+
+    def head(x: Tensor, w: Tensor) -> Tensor:
+        return function(x, targets_T, loss.weights_N, *prefixes, w, *scales, loss.a, loss.b, loss.c)
+
+    return head
+
+
+def liger_linear_cross_entropy(
+    targets_T: Tensor, softcap: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Liger's, of x (T, D) and W (V, D): the sum of losses, with softcap·tanh(z/softcap)."""
+    function = package("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    _need(targets_T.is_cuda, "Liger needs a GPU")
+    return lambda x, w: function(x, w, targets_T, reduction="sum", softcap=softcap)
+
+
+def quack_linear_cross_entropy(
+    targets_T: Tensor, softcap: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """quack's, likewise; it has no softcap."""
+    function = package("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    _need(targets_T.is_cuda, "quack needs a GPU")
+    return lambda x, w: function(x, w, targets_T, reduction="sum")
+
+
+def cut_cross_entropy(targets_T: Tensor, softcap: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """apple's, likewise, with softcap·tanh(z/softcap); it leaves out gradients below 2^-12."""
+    function = package("cut_cross_entropy").linear_cross_entropy
+    _need(targets_T.is_cuda, "cut-cross-entropy needs a GPU")
+    return lambda x, w: function(x, w, targets_T, softcap=softcap, reduction="sum")
 
 
 def quack_sym_matmul(
