@@ -1,0 +1,101 @@
+"""Time and peak memory of the head, loss and both gradients, by form.
+
+    python -m benchmarks.head_memory [--shape TxDxV] [--dtype float32|bfloat16] [--fp8]
+
+Peak: what is allocated at most beyond x and W, by the allocator's counters on a GPU, by the
+profiler's on a CPU. Forms: the plain expression, all logits at once and their gradient by autograd;
+`head_loss`, which takes rows in chunks where logits are many; with --fp8 `head_loss` in FP8.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from benchmarks import bench
+from benchmarks.report import markdown_table
+from speedrun.ops.head_loss import head_loss, quantize_head
+from speedrun.reference import softcap_ce as reference
+
+SOFTCAP = (23.0, 5.0, 7.5)  # RECIPE section 3
+SHAPES = ("2048x128x272", "4096x128x272", "1024x768x50304")  # tiny's parts; the record's width
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Of one call that has run before, beyond what was allocated at its start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - start
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return peak_of(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+
+
+def peak_of(changes: Iterable[int]) -> int:
+    """The largest sum of any of the first changes."""
+    total = peak = 0
+    for change in changes:
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+def forms(
+    shape: tuple[int, int, int], dtype: torch.dtype, fp8: bool, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """Of two targets a position: each gives the losses' gradients with respect to x and W."""
+    num_tokens, dim, num_columns = shape
+    x = torch.randn(num_tokens, dim, device=device).to(dtype).requires_grad_()
+    w = torch.randn(dim, num_columns, device=device).mul_(0.1).to(dtype).requires_grad_()
+    targets = torch.randint(num_columns, (num_tokens, 2), device=device)
+    arguments = (targets, torch.tensor([1.0, 0.5], device=device), *SOFTCAP)
+
+    def gradients(losses: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(losses.sum(), (x, w))
+
+    found: dict[str, Callable[[], object]] = {
+        "plain expression": lambda: gradients(reference.softcap_ce(x @ w, *arguments)),
+        "head_loss": lambda: gradients(head_loss(x, w, *arguments)),
+    }
+    if fp8:
+        head = quantize_head(w.detach())
+        found["head_loss in FP8"] = lambda: gradients(head_loss(x, w, *arguments, fp8=head))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", action="append", metavar="TxDxV", help=f"default: {SHAPES}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--fp8", action="store_true", help="too; needs --dtype bfloat16")
+    parser.add_argument("--repeats", type=int, default=10, help="samples of each (10)")
+    args = parser.parse_args()
+    if args.fp8 and args.dtype != "bfloat16":
+        parser.error("--fp8 needs --dtype bfloat16")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mode = bench.modes(device)[-1]
+    rows = []
+    for text in args.shape or SHAPES:
+        num_tokens, dim, num_columns = map(int, text.split("x"))
+        shape = (num_tokens, dim, num_columns)
+        calls = forms(shape, getattr(torch, args.dtype), args.fp8, device)
+        timings = bench.time_interleaved(calls, device, mode, args.repeats)
+        for name, call in calls.items():
+            timing, peak = timings[name], peak_bytes(call, device)
+            time_ms = f"{timing.median_us / 1e3:.2f} ± {timing.iqr_us / 1e3:.2f}"
+            rows.append((text, name, time_ms, f"{peak / 1e6:.1f}"))
+            print(*rows[-1], flush=True)
+    print(f"\n{args.dtype}, {device.type}, {torch.get_num_threads()} threads, mode {mode}")
+    print(markdown_table(("shape", "form", "ms ± IQR", "peak MB"), rows))
+
+
+if __name__ == "__main__":
+    main()
