@@ -22,7 +22,7 @@ from speedrun.reference import residual_mix as reference
 
 NORM_EPS = 2**-23
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that kernels have
-MAX_WIDTH = 8192
+MAX_WIDTH = 8192  # a program has whole rows in registers: 64 numbers a thread
 Terms = Sequence[tuple[Tensor | float, Tensor]]
 
 
@@ -88,7 +88,7 @@ def _checked_backend(terms: Terms) -> str:
             raise ValueError(
                 f"residual_mix: all tensors must be on {first.device}, got one on {tensor.device}"
             )
-    has_kernel = first.shape[-1] <= MAX_WIDTH and all(t.dtype in DTYPES for t in tensors)
+    has_kernel = 0 < first.shape[-1] <= MAX_WIDTH and all(t.dtype in DTYPES for t in tensors)
     return choose("residual_mix", first.device, triton=has_kernel)
 
 

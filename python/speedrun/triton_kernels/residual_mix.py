@@ -23,7 +23,6 @@ from speedrun.triton_kernels._fp8 import (
 
 NUM_WARPS = 4
 TILE = 4096  # elements a program, in whole rows: 32 a thread, 16 bytes a load
-MAX_WIDTH = 8192  # 64 elements a thread: the sum and what is loaded stay in registers
 
 
 @triton.jit
