@@ -54,6 +54,18 @@ inline bool is_close(double x, double expected, double relative, double absolute
   return std::abs(x - expected) <= relative * std::abs(expected) + absolute;
 }
 
+// Runs `run_all` on the host, and on the GPU where there is one; returns what main does.
+inline int run_everywhere(const char* name, void (*run_all)(bool gpu)) {
+  run_all(false);
+  int num_devices = 0;
+  if (cudaGetDeviceCount(&num_devices) == cudaSuccess && num_devices > 0) {
+    run_all(true);
+  } else {
+    std::printf("%s on the GPU: not run, there is none\n", name);
+  }
+  return failures != 0;
+}
+
 // Runs `run_all` where there is a GPU of compute capability 9.0; returns what main does.
 inline int run_on_hopper(const char* name, void (*run_all)()) {
   int num_devices = 0;
