@@ -50,6 +50,14 @@ def tile_list_kernel(
 
 
 @triton.jit
+def _place(list_ptr, H):
+    """This program's head, int64 since it is multiplied by strides, and its entry of the list."""
+    entry_ptr = list_ptr + 3 * (tl.program_id(0) // H)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    return head, tl.load(entry_ptr), tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
+
+
+@triton.jit
 def _load_tile(
     ptr, token, end, token_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -97,6 +105,25 @@ def _dot(a, b, acc, SOFTWARE: tl.constexpr):
     return out
 
 
+@triton.jit
+def _products(a, b, SOFTWARE: tl.constexpr):
+    """a·bᵀ, of all pairs of rows."""
+    return _dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), SOFTWARE)
+
+
+@triton.jit
+def _first_key(token, first, window, KEYS: tl.constexpr):
+    """Where the first tile of keys begins that a tile of queries from `token` on sees: tiles begin
+    at multiples of KEYS in the document, so that only its last one is cut."""
+    return first + tl.maximum(token - window - first, 0) // KEYS * KEYS
+
+
+@triton.jit
+def _seen(query, key, window):
+    """Whether a query sees a key of its document: itself and `window` before."""
+    return (query >= key) & (query - key <= window)
+
+
 @triton.jit(do_not_specialize=["window"])
 def attention_forward_kernel(
     q_ptr,
@@ -128,29 +155,23 @@ def attention_forward_kernel(
     q, k (T, H, K), v (T, H, E) bf16 -> out (T, H, E) bf16, lse (H, T) float32, both contiguous.
     `scale` is that of the scores times log2(e), and lse is of base 2: exp2 is one instruction.
     """
-    entry = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    token = tl.load(list_ptr + 3 * entry)
-    first = tl.load(list_ptr + 3 * entry + 1)
-    end = tl.load(list_ptr + 3 * entry + 2)
+    head, token, first, end = _place(list_ptr, H)
     if token >= end:
         return
-    head_64 = head.to(tl.int64)
-    k_ptr += head_64 * k_head_stride
-    v_ptr += head_64 * v_head_stride
-    q_head = q_ptr + head_64 * q_head_stride
+    k_ptr += head * k_head_stride
+    v_ptr += head * v_head_stride
+    q_head = q_ptr + head * q_head_stride
     q = _load_tile(q_head, token, end, q_token_stride, K, QUERIES, COLS_K)
     query = token + tl.arange(0, QUERIES)
     acc = tl.zeros((QUERIES, COLS_E), tl.float32)
     most = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    # Tiles of keys begin at multiples of KEYS in the document: whole ones, but for its last.
-    low = first + tl.maximum(token - window - first, 0) // KEYS * KEYS
+    low = _first_key(token, first, window, KEYS)
     for start in range(low, tl.minimum(token + QUERIES, end), KEYS):
         k = _load_tile(k_ptr, start, end, k_token_stride, K, KEYS, COLS_K)
-        scores = _dot(q, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), SOFTWARE) * scale
-        distance = query[:, None] - (start + tl.arange(0, KEYS))[None, :]
-        scores = tl.where((distance >= 0) & (distance <= window), scores, float("-inf"))
+        scores = _products(q, k, SOFTWARE) * scale
+        seen = _seen(query[:, None], (start + tl.arange(0, KEYS))[None, :], window)
+        scores = tl.where(seen, scores, float("-inf"))
         new_most = tl.maximum(most, tl.max(scores, 1))
         # A row may see no key of its first tiles: then nothing minus nothing is 0, not NaN.
         shift = tl.where(new_most == float("-inf"), 0.0, new_most)
@@ -160,10 +181,10 @@ def attention_forward_kernel(
         most = new_most
         v = _load_tile(v_ptr, start, end, v_token_stride, E, KEYS, COLS_E)
         acc = _dot(round_to_bf16(p, SOFTWARE), v, acc * shrink[:, None], SOFTWARE)
-    out_head = out_ptr + head_64 * E
+    out_head = out_ptr + head * E
     acc /= total[:, None]
     _store_tile(out_head, acc, token, end, H * E, E, QUERIES, COLS_E, SOFTWARE)
-    tl.store(lse_ptr + head_64 * T + query, most + tl.log2(total), mask=query < end)
+    tl.store(lse_ptr + head * T + query, most + tl.log2(total), mask=query < end)
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -200,37 +221,31 @@ def attention_dq_kernel(
 
     out, dout (T, H, E) and dq contiguous; `grad_scale` is the scores' scale itself.
     """
-    entry = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    token = tl.load(list_ptr + 3 * entry)
-    first = tl.load(list_ptr + 3 * entry + 1)
-    end = tl.load(list_ptr + 3 * entry + 2)
+    head, token, first, end = _place(list_ptr, H)
     if token >= end:
         return
-    head_64 = head.to(tl.int64)
-    k_ptr += head_64 * k_head_stride
-    v_ptr += head_64 * v_head_stride
-    q_head = q_ptr + head_64 * q_head_stride
+    k_ptr += head * k_head_stride
+    v_ptr += head * v_head_stride
+    q_head = q_ptr + head * q_head_stride
     q = _load_tile(q_head, token, end, q_token_stride, K, QUERIES, COLS_K)
-    out = _load_tile(out_ptr + head_64 * E, token, end, H * E, E, QUERIES, COLS_E)
-    dout = _load_tile(dout_ptr + head_64 * E, token, end, H * E, E, QUERIES, COLS_E)
+    out = _load_tile(out_ptr + head * E, token, end, H * E, E, QUERIES, COLS_E)
+    dout = _load_tile(dout_ptr + head * E, token, end, H * E, E, QUERIES, COLS_E)
     query = token + tl.arange(0, QUERIES)
     delta = tl.sum(to_float(out, SOFTWARE) * to_float(dout, SOFTWARE), 1)
-    tl.store(delta_ptr + head_64 * T + query, delta, mask=query < end)
-    lse = tl.load(lse_ptr + head_64 * T + query, mask=query < end, other=0.0)
+    tl.store(delta_ptr + head * T + query, delta, mask=query < end)
+    lse = tl.load(lse_ptr + head * T + query, mask=query < end, other=0.0)
     dq = tl.zeros((QUERIES, COLS_K), tl.float32)
-    low = first + tl.maximum(token - window - first, 0) // KEYS * KEYS
+    low = _first_key(token, first, window, KEYS)
     for start in range(low, tl.minimum(token + QUERIES, end), KEYS):
         k = _load_tile(k_ptr, start, end, k_token_stride, K, KEYS, COLS_K)
         v = _load_tile(v_ptr, start, end, v_token_stride, E, KEYS, COLS_E)
-        scores = _dot(q, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), SOFTWARE) * scale
-        distance = query[:, None] - (start + tl.arange(0, KEYS))[None, :]
-        seen = (distance >= 0) & (distance <= window)
+        scores = _products(q, k, SOFTWARE) * scale
+        seen = _seen(query[:, None], (start + tl.arange(0, KEYS))[None, :], window)
         p = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
-        dp = _dot(dout, tl.trans(v), tl.zeros((QUERIES, KEYS), tl.float32), SOFTWARE)
+        dp = _products(dout, v, SOFTWARE)
         ds = p * (dp - delta[:, None])
         dq = _dot(round_to_bf16(ds, SOFTWARE), k, dq, SOFTWARE)
-    dq_head = dq_ptr + head_64 * K
+    dq_head = dq_ptr + head * K
     _store_tile(dq_head, dq * grad_scale, token, end, H * K, K, QUERIES, COLS_K, SOFTWARE)
 
 
@@ -266,19 +281,15 @@ def attention_dkdv_kernel(
 ):
     """dk (T, H, K), dv (T, H, E) bf16, a tile of keys of one head a program, over all queries that
     see them. Scores are computed transposed, so that both results are sums of rows of keys."""
-    entry = tl.program_id(0) // H
-    head = tl.program_id(0) % H
-    token = tl.load(list_ptr + 3 * entry)
-    end = tl.load(list_ptr + 3 * entry + 2)
+    head, token, _, end = _place(list_ptr, H)
     if token >= end:
         return
-    head_64 = head.to(tl.int64)
-    q_ptr += head_64 * q_head_stride
-    dout_ptr += head_64 * E
-    lse_ptr += head_64 * T
-    delta_ptr += head_64 * T
-    k_head = k_ptr + head_64 * k_head_stride
-    v_head = v_ptr + head_64 * v_head_stride
+    q_ptr += head * q_head_stride
+    dout_ptr += head * E
+    lse_ptr += head * T
+    delta_ptr += head * T
+    k_head = k_ptr + head * k_head_stride
+    v_head = v_ptr + head * v_head_stride
     k = _load_tile(k_head, token, end, k_token_stride, K, KEYS, COLS_K)
     v = _load_tile(v_head, token, end, v_token_stride, E, KEYS, COLS_E)
     key = token + tl.arange(0, KEYS)
@@ -290,16 +301,15 @@ def attention_dkdv_kernel(
         query = start + tl.arange(0, QUERIES)
         lse = tl.load(lse_ptr + query, mask=query < end, other=0.0)
         delta = tl.load(delta_ptr + query, mask=query < end, other=0.0)
-        scores = _dot(k, tl.trans(q), tl.zeros((KEYS, QUERIES), tl.float32), SOFTWARE) * scale
-        distance = query[None, :] - key[:, None]
-        seen = (distance >= 0) & (distance <= window)  # from `end` on all is 0, and adds nothing
+        scores = _products(k, q, SOFTWARE) * scale
+        seen = _seen(query[None, :], key[:, None], window)  # from `end` on all is 0: adds nothing
         p = tl.where(seen, tl.exp2(scores - lse[None, :]), 0.0)
         dv = _dot(round_to_bf16(p, SOFTWARE), dout, dv, SOFTWARE)
-        dp = _dot(v, tl.trans(dout), tl.zeros((KEYS, QUERIES), tl.float32), SOFTWARE)
+        dp = _products(v, dout, SOFTWARE)
         ds = p * (dp - delta[None, :])
         dk = _dot(round_to_bf16(ds, SOFTWARE), q, dk, SOFTWARE)
-    dk_head = dk_ptr + head_64 * K
-    dv_head = dv_ptr + head_64 * E
+    dk_head = dk_ptr + head * K
+    dv_head = dv_ptr + head * E
     _store_tile(dk_head, dk * grad_scale, token, end, H * K, K, KEYS, COLS_K, SOFTWARE)
     _store_tile(dv_head, dv, token, end, H * E, E, KEYS, COLS_E, SOFTWARE)
 
