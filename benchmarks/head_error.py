@@ -3,9 +3,9 @@
     python -m benchmarks.head_error [--text FILE] [--steps N] [--tokens T] [--columns V]
 
 ‖found − exact‖/‖exact‖ of loss, dX and dW, where exact is the plain expression in float64 of the
-same bf16 numbers. Two problems: heavy-tailed logits, whose targets are drawn from their softmax;
-and the head of recipe `tiny` after some steps (100), on the step behind them. Runs on a CPU, by the
-reference, whose roundings are the kernels'.
+same bf16 numbers. Problems: heavy-tailed logits with two kinds of targets, and the head of recipe
+`tiny` after some steps (100), on the step behind them. Runs on a CPU, by the reference, whose
+roundings are the kernels'.
 
 The last form is none of the package's: it has no logits in memory. What it computes is emulated.
 """
@@ -36,6 +36,7 @@ from speedrun.schedule import Schedule, scaled
 from speedrun.sources import model_for, open_data, to_micro_batches, training_loader
 
 SOFTCAP = (23.0, 5.0, 7.5)  # RECIPE section 3
+DIM = 768
 WEIGHTS = (1.0, 0.5, 0.25)  # of the first stage's targets
 PREFIX_WEIGHT = 0.25
 E5M2 = torch.float8_e5m2
@@ -54,18 +55,20 @@ class Result(NamedTuple):
     dw_DV: Tensor
 
 
-def heavy_tailed(num_tokens: int, num_columns: int, dim: int = 768) -> Problem:
-    """Columns of W have lognormal norms; targets are drawn from the softmax, as a trained model's
-    are, the prefix target among the columns."""
+def heavy_tailed(num_tokens: int, num_columns: int, drawn: bool) -> Problem:
+    """Columns of W have lognormal norms. Targets are any columns, or `drawn` from the softmax, as
+    if the model were right; then many of them are near the cap, where the slope is small."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    x_TD = torch.nn.functional.rms_norm(random(num_tokens, dim), (dim,)).bfloat16()
-    w_DV = (0.1 * random(dim, num_columns) * random(num_columns).exp()).clamp(-1.6, 1.6).bfloat16()
+    x_TD = torch.nn.functional.rms_norm(random(num_tokens, DIM), (DIM,)).bfloat16()
+    norms_V = 0.1 * (0.7 * random(num_columns)).exp()
+    w_DV = (random(DIM, num_columns) * norms_V).clamp(-1.6, 1.6).bfloat16()
     logits = reference.softcap(x_TD.float() @ w_DV.float(), *SOFTCAP)
-    targets_TN = logits.softmax(1).multinomial(len(WEIGHTS), generator=generator)
+    shares = logits.softmax(1) if drawn else torch.ones_like(logits)
+    targets_TN = shares.multinomial(len(WEIGHTS), generator=generator)
     prefixes_T = torch.randint(-1, num_columns, (num_tokens,), generator=generator)
     return Problem(x_TD, w_DV, make_loss(targets_TN, prefixes_T))
 
@@ -102,7 +105,7 @@ def make_loss(targets_TN: Tensor, prefixes_T: Tensor) -> Loss:
 
 def differentiated(problem: Problem, dtype: torch.dtype, fp8: bool = False, **switches) -> Result:
     """By `head_loss`, with `dtype` for x and W."""
-    x_TD, w_DV = (t.to(dtype).requires_grad_() for t in problem[:2])
+    x_TD, w_DV = (t.to(dtype, copy=True).requires_grad_() for t in problem[:2])
     options = problem.loss._asdict() | switches
     head = quantize_head(problem.w_DV) if fp8 else None
     loss_T = head_loss(x_TD, w_DV, **options, fp8=head)
@@ -182,11 +185,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the heavy-tailed problem")
     parser.add_argument("--columns", type=int, default=8192, help="of the heavy-tailed problem")
     args = parser.parse_args()
+    size = (args.tokens, args.columns)
     problems = {
-        "heavy-tailed logits": heavy_tailed(args.tokens, args.columns),
-        f"tiny after {args.steps} steps": trained_tiny(args.text, args.steps),
+        "heavy-tailed logits, any targets": lambda: heavy_tailed(*size, drawn=False),
+        "heavy-tailed logits, likely targets": lambda: heavy_tailed(*size, drawn=True),
+        f"tiny after {args.steps} steps": lambda: trained_tiny(args.text, args.steps),
     }
-    for name, problem in problems.items():
+    for name, make in problems.items():
+        problem = make()
         (num_tokens, dim), num_columns = problem.x_TD.shape, problem.w_DV.shape[1]
         exact = differentiated(problem, torch.float64)
         rows = [
