@@ -19,6 +19,7 @@ from torch.profiler import profile
 from benchmarks import bench
 from benchmarks.report import markdown_table
 from speedrun.ops.head_loss import head_loss, quantize_head
+from speedrun.ops.softcap_ce import LOGITS_AT_ONCE
 from speedrun.reference import softcap_ce as reference
 
 SOFTCAP = (23.0, 5.0, 7.5)  # RECIPE section 3
@@ -94,6 +95,7 @@ def main() -> None:
             rows.append((text, name, time_ms, f"{peak / 1e6:.1f}"))
             print(*rows[-1], flush=True)
     print(f"\n{args.dtype}, {device.type}, {torch.get_num_threads()} threads, mode {mode}")
+    print(f"head_loss takes at most {LOGITS_AT_ONCE[device.type]:,} logits at once")
     print(markdown_table(("shape", "form", "ms ± IQR", "peak MB"), rows))
 
 
