@@ -83,7 +83,11 @@ struct Elements {
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int64_t at_row = row + pass * S::kRowsPerPass;
+      int64_t at_row = row + pass * S::kRowsPerPass;
+#ifdef __CUDA_ARCH__
+      // The addresses of unaligned rows are not kept for all passes, which would spill registers.
+      if constexpr (!kAligned) asm volatile("" : "+l"(at_row));
+#endif
       if (second && by_row && at_row < p.rows) {
         const float factor = multiply(line_factor(second[at_row]), ratio);
 #pragma unroll
