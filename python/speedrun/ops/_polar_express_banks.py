@@ -52,6 +52,9 @@ class _Group:
         n = min(xs[0].shape[-2:])
         self.sizes = [len(x) for x in xs]
         self.gram = xs[0].new_empty(sum(self.sizes), n, n)
+        # On a CPU, for Triton's interpreter, `add` would round its alpha to X's type.
+        shapes = [x.shape if rounds_twice(x, x.dtype) and not x.is_cuda else (0,) for x in xs]
+        self.wide = [self.gram.new_empty(shape, dtype=torch.float32) for shape in shapes]
         self.compute_gram()
 
     def compute_gram(self) -> None:
@@ -68,12 +71,14 @@ class _Group:
     def apply(self, factor: Tensor, a: float = 0.0) -> None:
         """X ← factor·X + a·X; `factor` (B, n, n)."""
         parts = factor.split(self.sizes)
-        for x, part, out in zip(self.xs, parts, self.spare, strict=True):
+        for x, part, out, wide in zip(self.xs, parts, self.spare, self.wide, strict=True):
             pair = (x, part) if is_tall(x) else (part, x)
             if a and rounds_twice(x, x.dtype):
                 torch.bmm(*pair, out=out)
-                # On a CPU alpha would be rounded to the type first.
-                out.add_(x, alpha=a) if x.is_cuda else out.add_(x.float() * a)
+                if x.is_cuda:
+                    out.add_(x, alpha=a)
+                else:
+                    out.copy_(torch.add(out, wide.copy_(x), alpha=a, out=wide))
             elif a:
                 torch.baddbmm(x, *pair, beta=a, out=out)
             else:
