@@ -246,6 +246,7 @@ def test_a_failed_run_is_named(folder):
     """The bigram table decays at such a rate that it overflows, where there is one."""
     row = "optim__adam_table__bigram_embed"
     sets = {f"{row}__lr_mul": 1e12, f"{row}__wd_mul": 1e15, "schedule__adam_interval": 1}
+    sets["optim__cautious_decay"] = "false"
     run = run_ablate(folder, "--seeds", 1, out="failed", techniques=("bigram",), **sets)
     assert run.code == 1 and "Traceback" not in run.err
     assert "all_on, seed 0: failed" in run.err and "loss is nan" in run.err
