@@ -12,12 +12,11 @@ import torch
 from cases import ADAM_STEP_SMALL
 from numerics import assert_accurate, assert_same_bits
 from speedrun import ops
-from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.adam_step import KERNEL_DTYPES, AdamTensor, adam_step
 from speedrun.reference import adam_step as reference
 from train_helpers import FLOAT64_NOISE, from_golden, golden, normal
 
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 BF16, FP32 = KERNEL_DTYPES
 HYPER = dict(lr=0.01, decay=0.003, beta1=0.9, beta2=0.99)
@@ -26,16 +25,6 @@ EPS = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 kernel_types = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 moment_types = pytest.mark.parametrize("moments", KERNEL_DTYPES, ids=["m_bf16", "m_fp32"])
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 def scalars(step=1, *, lr, decay, beta1, beta2):

@@ -9,7 +9,7 @@ from cases import ATTENTION_EPILOGUE_FULL, ATTENTION_EPILOGUE_SMALL
 from numerics import assert_accurate, assert_same_bits, bits
 from op_helpers import assert_compiles
 from speedrun import ops
-from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.attention_epilogue import (
     KERNEL_DTYPES,
     attention_epilogue,
@@ -19,7 +19,6 @@ from speedrun.reference import attention_epilogue as reference
 from train_helpers import FLOAT64_NOISE, normal
 
 T, H, E = 7, 3, 5
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 CASES = {case.name: case for case in ATTENTION_EPILOGUE_SMALL}
@@ -27,16 +26,6 @@ small = pytest.mark.parametrize("case", ATTENTION_EPILOGUE_SMALL, ids=lambda cas
 types = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 # Interpreted kernels overflow and divide where NumPy warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 def inputs(dtype=torch.float64):

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from cases import FP8_QUANTIZE_SMALL
 from numerics import assert_accurate, assert_same_bits, bits
 from speedrun import ops
-from speedrun.ops._dispatch import library_problem
 from speedrun.ops.fp8_quantize import DTYPES, FP8_DTYPES
 from speedrun.reference import fp8_quantize as reference
 from speedrun.reference._fp8 import FP8_MAX
 
 E4M3, E5M2 = FP8_DTYPES
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 
 pytestmark = [
@@ -30,16 +28,6 @@ pytestmark = [
 small = pytest.mark.parametrize("case", FP8_QUANTIZE_SMALL, ids=lambda case: case.name)
 input_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 fp8_types = pytest.mark.parametrize("fp8", FP8_DTYPES, ids=["e4m3", "e5m2"])
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 def scalar(value):

@@ -9,7 +9,7 @@ import torch
 from cases import NORMUON_STEP_SMALL
 from numerics import assert_accurate, assert_same_bits, bits
 from speedrun import ops
-from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.normuon_step import (
     Fp8Copies,
     join_bits,
@@ -22,7 +22,6 @@ from speedrun.reference import normuon_step as reference
 from speedrun.reference.polar_express import momentum_step
 from train_helpers import FLOAT64_NOISE, from_golden, golden, low_bits, normal
 
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 E4M3 = torch.float8_e4m3fn
@@ -35,16 +34,6 @@ shapes = pytest.mark.parametrize("shape", [shape for shape, _ in NORMUON_STEP_SM
 # Type of the weights, "exact" with low bits, and of O.
 KINDS = [("exact", BF16), ("exact", FP16), (BF16, BF16), (BF16, FP16), (FP32, FP32), (FP32, BF16)]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from cases import QK_NORM_ROPE_FULL, QK_NORM_ROPE_SMALL
 from numerics import assert_accurate, assert_same_bits
 from op_helpers import run_with_gradients
 from speedrun import ops
-from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.qk_norm_rope import (
     KERNEL_DTYPES,
     pair_heads,
@@ -23,7 +23,6 @@ from speedrun.ops.qk_norm_rope import (
 from speedrun.reference import qk_norm_rope as reference
 from train_helpers import FLOAT64_NOISE, normal
 
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 CASES = {case.name: case for case in QK_NORM_ROPE_SMALL}
@@ -31,16 +30,6 @@ small = pytest.mark.parametrize("case", QK_NORM_ROPE_SMALL, ids=lambda case: cas
 types = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 # Interpreted kernels overflow and divide where NumPy warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 class Inputs:

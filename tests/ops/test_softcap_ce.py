@@ -12,7 +12,7 @@ import torch._inductor.config
 from cases import SOFTCAP_CE_SMALL
 from numerics import assert_accurate, assert_same_bits
 from speedrun import ops
-from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.softcap_ce import NO_TARGET, softcap, softcap_ce, softcap_ce_fp8
 from speedrun.reference import softcap_ce as reference
 from train_helpers import FLOAT64_NOISE, from_golden, golden, normal
@@ -367,19 +367,8 @@ def test_compiles_fullgraph_without_recompiling(compiler):
 
 # ---- Kernels ----------------------------------------------------------------------------------
 
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 def problem(case):

@@ -9,23 +9,12 @@ from cases import SYM_MATMUL_SMALL, SymCase
 from numerics import assert_accurate, assert_same_bits
 from op_helpers import skips_without_cuda_kernel
 from speedrun import ops
-from speedrun.ops._dispatch import Unavailable, library_problem
+from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.sym_matmul import DTYPES, KERNEL_DTYPES
 
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 def random_normal(shape, dtype, seed=0):

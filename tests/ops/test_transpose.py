@@ -13,24 +13,12 @@ from hypothesis import strategies as st
 from cases import TRANSPOSE_SMALL
 from numerics import assert_accurate, assert_same_bits, bits
 from speedrun import ops
-from speedrun.ops._dispatch import library_problem
 from speedrun.ops.transpose import ADD_DTYPES, DTYPES
 from speedrun.reference import transpose as reference
 
-BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "cuda" and library_problem():
-        pytest.skip(library_problem())
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 def random_bits(shape, dtype, seed=0):
