@@ -2,6 +2,9 @@
 
 import dataclasses
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -314,3 +317,23 @@ def test_bytes_of_the_record():
         for dtype in {p.dtype for p in small}
     )
     assert not communication_bytes(parameters, config.optim, 1)
+
+
+ENDS_ITS_GROUP = """
+import os
+import torch.distributed as dist
+from speedrun.comms import Comms
+dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+import torch._dynamo  # as torch.compile does, after the group exists
+dist.destroy_process_group()
+threads = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_no_thread_outlives_its_group(tmp_path):
+    """One that does may abort the process: "terminate called without an active exception"."""
+    code = ENDS_ITS_GROUP.format(store=tmp_path / "store")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Default arguments in this module keep the group that exists when it is first imported.
+# torch.compile imports it; were that after init_process_group, gloo's threads would outlive the
+# group and abort the process if they let a tensor go while the interpreter ends.
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor
 
