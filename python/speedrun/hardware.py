@@ -15,36 +15,44 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class GpuPeaks:
-    """Rates at the top of a data sheet, dense (without structured sparsity); nan: unknown."""
+    """What a data sheet promises, dense (without structured sparsity); nan: unknown."""
 
     bf16_flops_per_s: float = math.nan  # float32 accumulation
     fp8_flops_per_s: float = math.nan  # float32 accumulation
     memory_bytes_per_s: float = math.nan
+    link_bytes_per_s: float = math.nan  # to the other GPUs of a machine, one way
+    num_sms: float = math.nan  # streaming multiprocessors
     source: str = "unknown GPU"
 
 
-def _peaks(bf16_tflops: float, fp8_tflops: float, memory_gb: float, source: str) -> GpuPeaks:
-    return GpuPeaks(bf16_tflops * 1e12, fp8_tflops * 1e12, memory_gb * 1e9, source)
+def _peaks(
+    bf16_tflops: float, fp8_tflops: float, memory_gb: float, link_gb: float, sms: int, source: str
+) -> GpuPeaks:
+    rates = (bf16_tflops * 1e12, fp8_tflops * 1e12, memory_gb * 1e9, link_gb * 1e9)
+    return GpuPeaks(*rates, sms, source)
 
 
 # By the name that CUDA reports. Where a data sheet gives only the rate with sparsity, half of it.
+# Links are NVLink's where all GPUs of a machine share it, else PCIe's: half of both ways' sum.
 _HOPPER = "NVIDIA H100 data sheet (rates with sparsity halved)"
 _H200 = "NVIDIA H200 data sheet (rates with sparsity halved)"
 _A100 = "NVIDIA A100 data sheet; no FP8"
 _ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
 GPU_PEAKS = {
-    "NVIDIA H100 80GB HBM3": _peaks(989.4, 1978.9, 3350, _HOPPER),
-    "NVIDIA H100 NVL": _peaks(835.5, 1670.5, 3900, _HOPPER),
-    "NVIDIA H100 PCIe": _peaks(756.5, 1513, 2000, _HOPPER),
-    "NVIDIA H200": _peaks(989.4, 1978.9, 4800, _H200),
-    "NVIDIA H200 NVL": _peaks(835.5, 1670.5, 4800, _H200),
-    "NVIDIA A100-SXM4-80GB": _peaks(312, math.nan, 2039, _A100),
-    "NVIDIA A100 80GB PCIe": _peaks(312, math.nan, 1935, _A100),
-    "NVIDIA A100-SXM4-40GB": _peaks(312, math.nan, 1555, _A100),
-    "NVIDIA A100-PCIE-40GB": _peaks(312, math.nan, 1555, _A100),
-    "NVIDIA L40S": _peaks(362.05, 733, 864, "NVIDIA L40S data sheet"),
-    "NVIDIA L4": _peaks(121, 242.5, 300, "NVIDIA L4 data sheet (rates with sparsity halved)"),
-    "NVIDIA GeForce RTX 4090": _peaks(165.2, 330.3, 1008, _ADA),
+    "NVIDIA H100 80GB HBM3": _peaks(989.4, 1978.9, 3350, 450, 132, _HOPPER),
+    "NVIDIA H100 NVL": _peaks(835.5, 1670.5, 3900, 64, 132, _HOPPER),
+    "NVIDIA H100 PCIe": _peaks(756.5, 1513, 2000, 64, 114, _HOPPER),
+    "NVIDIA H200": _peaks(989.4, 1978.9, 4800, 450, 132, _H200),
+    "NVIDIA H200 NVL": _peaks(835.5, 1670.5, 4800, 64, 132, _H200),
+    "NVIDIA A100-SXM4-80GB": _peaks(312, math.nan, 2039, 300, 108, _A100),
+    "NVIDIA A100 80GB PCIe": _peaks(312, math.nan, 1935, 32, 108, _A100),
+    "NVIDIA A100-SXM4-40GB": _peaks(312, math.nan, 1555, 300, 108, _A100),
+    "NVIDIA A100-PCIE-40GB": _peaks(312, math.nan, 1555, 32, 108, _A100),
+    "NVIDIA L40S": _peaks(362.05, 733, 864, 32, 142, "NVIDIA L40S data sheet"),
+    "NVIDIA L4": _peaks(
+        121, 242.5, 300, 32, 58, "NVIDIA L4 data sheet (rates with sparsity halved)"
+    ),
+    "NVIDIA GeForce RTX 4090": _peaks(165.2, 330.3, 1008, 32, 128, _ADA),
 }
 
 
