@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "config": set(),
     "config_check": {"config"},
     "overrides": {"config"},
+    "world_size": {"config"},
     "schedule": {"config"},
     "recipes": {"config", "recipes"},
     "model": {"ops", "config", "batch", "layer", "gates", "fp8_state"},

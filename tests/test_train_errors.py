@@ -92,7 +92,7 @@ def test_three_ranks_are_refused_on_each(refused, monkeypatch, rank):
     for name, value in dict(RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3).items():
         monkeypatch.setenv(name, str(value))
     message = refused("--text", "text.txt", *SETS)
-    assert message.startswith(f"speedrun: rank {rank}: error: 3 ranks: a step has eight parts")
+    assert message.startswith(f"speedrun: rank {rank}: error: 3 ranks: a step has 8 parts")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

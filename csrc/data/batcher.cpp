@@ -41,17 +41,17 @@ PartRanges cut_to_pieces(const ShardIndex& index, const BatchShape& shape, int64
   return part;
 }
 
-// Part p reads lane p of the shard: eight places of a text at once, where eight neighbouring
-// pieces would be about the same thing. Lanes overlap by less than 8 tokens, and a lane's last
-// part reaches back, so that every token is used.
+// Part p reads lane p of the shard: as many places of a text at once, where neighbouring pieces
+// would be about the same thing. Lanes overlap by less than a token a part, and a lane's last part
+// reaches back, so that every token is used.
 std::optional<StepRanges> deal_lanes(const ShardIndex& index, const BatchShape& shape,
-                                     int64_t* offset) {
-  const int64_t lane = lane_tokens(index), spare = index.num_tokens - 1 - lane;
+                                     int64_t num_parts, int64_t* offset) {
+  const int64_t lane = lane_tokens(index, num_parts), spare = index.num_tokens - 1 - lane;
   if (*offset >= lane || shape.tokens_per_part > lane) return std::nullopt;
   const int64_t begin = std::min(*offset, lane - shape.tokens_per_part);
   StepRanges step;
-  for (int64_t p = 0; p < kNumParts; ++p) {
-    step[p] = cut_to_pieces(index, shape, p * spare / (kNumParts - 1) + begin);
+  for (int64_t p = 0; p < num_parts; ++p) {
+    step.push_back(cut_to_pieces(index, shape, p * spare / (num_parts - 1) + begin));
   }
   *offset = begin + shape.tokens_per_part;
   return step;
@@ -60,9 +60,9 @@ std::optional<StepRanges> deal_lanes(const ShardIndex& index, const BatchShape& 
 }  // namespace
 
 std::optional<StepRanges> deal_step(const ShardIndex& index, LongDocuments long_documents,
-                                    const BatchShape& shape, int64_t* offset) {
-  if (long_documents == LongDocuments::kSplit) return deal_lanes(index, shape, offset);
-  StepRanges step;
+                                    const BatchShape& shape, int64_t num_parts, int64_t* offset) {
+  if (long_documents == LongDocuments::kSplit) return deal_lanes(index, shape, num_parts, offset);
+  StepRanges step(num_parts);
   int64_t next = *offset;
   for (PartRanges& part : step) {
     if (!deal_documents(index, shape, &next, &part)) return std::nullopt;

@@ -1,17 +1,18 @@
 // From an index of documents to token ranges, and from ranges to the arrays of a batch. No files.
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
 namespace speedrun {
 
-constexpr int kNumParts = 8;  // of a step, whatever the number of ranks
+// Parts of a step: eight, so that 1 to 8 ranks see the same, or one a rank where ranks are more.
+constexpr int64_t num_parts(int world_size) { return std::max(8, world_size); }
 
-// kCut: documents from their start, the tokens beyond max_seq_len dropped. kSplit: a shard is eight
-// lanes of consecutive tokens, a lane for each part, cut into sequences of max_seq_len.
+// kCut: documents from their start, the tokens beyond max_seq_len dropped. kSplit: a shard is lanes
+// of consecutive tokens, a lane for each part, cut into sequences of max_seq_len.
 enum class LongDocuments { kCut, kSplit };
 
 struct BatchShape {
@@ -35,17 +36,17 @@ struct PartRanges {
   std::vector<TokenRange> ranges;  // T + 1 tokens in all
   std::vector<int64_t> starts;     // of the documents, within the part, each below T
 };
-using StepRanges = std::array<PartRanges, kNumParts>;
+using StepRanges = std::vector<PartRanges>;  // of all parts
 
-// Tokens of one of the shard's eight lanes (kSplit). The shard's last token is only a target.
-constexpr int64_t lane_tokens(const ShardIndex& index) {
-  return (index.num_tokens - 1 + kNumParts - 1) / kNumParts;
+// Tokens of one of the shard's lanes (kSplit). The shard's last token is only a target.
+constexpr int64_t lane_tokens(const ShardIndex& index, int64_t num_parts) {
+  return (index.num_tokens - 1 + num_parts - 1) / num_parts;
 }
 
 // Deals the step that starts at *offset (a document's index, or a token of each lane with kSplit)
 // and moves *offset behind it. Nothing, and *offset as it was, where the shard can't fill the step.
 std::optional<StepRanges> deal_step(const ShardIndex& index, LongDocuments long_documents,
-                                    const BatchShape& shape, int64_t* offset);
+                                    const BatchShape& shape, int64_t num_parts, int64_t* offset);
 
 // T = tokens_per_part, N = cu_seqlens_entries. A null pointer is left out.
 struct PartArrays {

@@ -7,10 +7,6 @@ namespace {
 
 std::string text(int64_t number) { return std::to_string(number); }
 
-std::string step_size(const BatchShape& shape) {
-  return text(kNumParts) + " x " + text(shape.tokens_per_part) + " tokens";
-}
-
 std::unique_ptr<int32_t[]> allocate(int64_t count) {
   return std::make_unique_for_overwrite<int32_t[]>(static_cast<size_t>(count));
 }
@@ -28,14 +24,21 @@ void check_documents_fit(const Shard& shard, const PartRanges& part, const Batch
 }  // namespace
 
 Stream::Stream(LoaderOptions options, const std::atomic<bool>& stop)
-    : options_(std::move(options)), stop_(stop), position_(options_.start) {}
+    : options_(std::move(options)),
+      num_parts_(num_parts(options_.world_size)),
+      stop_(stop),
+      position_(options_.start) {}
+
+std::string Stream::step_size(const BatchShape& shape) const {
+  return text(num_parts_) + " x " + text(shape.tokens_per_part) + " tokens";
+}
 
 void Stream::open_shard() {
   const bool cut = options_.long_documents == LongDocuments::kCut;
   shard_ = std::make_unique<Shard>(options_.shards[position_.shard], options_.format);
   index_ = {shard_->find_documents(/*at_least_one=*/cut, stop_), shard_->num_tokens()};
   const auto num_documents = static_cast<int64_t>(index_.documents.size());
-  const int64_t end = cut ? num_documents : lane_tokens(index_);
+  const int64_t end = cut ? num_documents : lane_tokens(index_, num_parts_);
   if (position_.offset > end) {
     throw DataError(shard_->path() + ": the position to start from is " + text(position_.offset) +
                     ", beyond the shard's end " + text(end) +
@@ -76,7 +79,8 @@ StepRanges Stream::deal(const BatchShape& shape) {
   if (!shard_) open_shard();
   // The first failure may be the rest of a shard; one more round means that none will do.
   for (size_t failures = 0; failures <= options_.shards.size(); ++failures) {
-    if (auto step = deal_step(index_, options_.long_documents, shape, &position_.offset)) {
+    if (auto step =
+            deal_step(index_, options_.long_documents, shape, num_parts_, &position_.offset)) {
       for (const PartRanges& part : *step) check_documents_fit(*shard_, part, shape);
       ++num_steps_dealt_;
       return *std::move(step);
@@ -93,7 +97,7 @@ std::unique_ptr<StepBatch> Stream::next_step() {
   const StepRanges step = deal(shape);
   auto batch = std::make_unique<StepBatch>();
   const int64_t tokens = shape.tokens_per_part, entries = shape.cu_seqlens_entries;
-  const int64_t parts = kNumParts / options_.world_size;
+  const int64_t parts = num_parts_ / options_.world_size;
   batch->num_parts = parts;
   batch->tokens_per_part = tokens;
   batch->cu_seqlens_entries = entries;

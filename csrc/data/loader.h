@@ -30,11 +30,11 @@ struct LoaderOptions {
   LongDocuments long_documents;
   bool repeat;
   LoaderPosition start;                        // start.shard is an index into shards
-  int rank, world_size;                        // world_size divides kNumParts
+  int rank, world_size;                        // world_size divides num_parts(world_size)
   int32_t bigram_table_rows, sign_table_rows;  // 0: no such array
 };
 
-// One rank's P = 8 / world_size parts of a step: row p is part p * world_size + rank.
+// One rank's P = num_parts / world_size parts of a step: row p is part p * world_size + rank.
 struct StepBatch {
   int64_t num_parts, tokens_per_part, cu_seqlens_entries;  // P, T, N
   std::unique_ptr<int32_t[]> inputs, targets;              // (P, T)
@@ -55,8 +55,10 @@ class Stream {
   StepRanges deal(const BatchShape& shape);
   void open_shard();
   void move_to_next_shard(const BatchShape& shape);
+  std::string step_size(const BatchShape& shape) const;
 
-  LoaderOptions options_;
+  const LoaderOptions options_;
+  const int64_t num_parts_;
   const std::atomic<bool>& stop_;
   LoaderPosition position_;
   std::unique_ptr<Shard> shard_;

@@ -152,34 +152,34 @@ void test_documents_found() {
 void test_dealing() {
   const ShardIndex index = {{2, 5, 6, 20, 24}, 40};  // documents of 3, 1, 14, 4 and 16 tokens
   int64_t offset = 0;
-  auto step = deal_step(index, LongDocuments::kCut, {1, 1, 2, 8}, &offset);
+  auto step = deal_step(index, LongDocuments::kCut, {1, 1, 2, 8}, 8, &offset);
   CHECK(!step && offset == 0);  // five documents can't make eight parts
 
   ShardIndex many = {{}, 2 + 4 * 16};
   for (int64_t start = 2; start < many.num_tokens; start += 4) many.documents.push_back(start);
-  step =
-      deal_step(many, LongDocuments::kCut, {1, 3, 3, 8}, &offset);  // 3 tokens, and 1 of the next
+  // 3 tokens, and 1 of the next
+  step = deal_step(many, LongDocuments::kCut, {1, 3, 3, 8}, 8, &offset);
   CHECK(step && offset == 16);
-  for (int64_t p = 0; p < kNumParts; ++p) {
+  for (int64_t p = 0; p < 8; ++p) {
     const auto& [ranges, starts] = (*step)[p];
     CHECK(starts == std::vector<int64_t>({0}));  // the second document is only a target
     CHECK(ranges.size() == 2);
     CHECK(ranges[0].begin == 2 + 8 * p && ranges[0].end == 5 + 8 * p);
     CHECK(ranges[1].begin == 6 + 8 * p && ranges[1].end == 7 + 8 * p);
   }
-  CHECK(!deal_step(many, LongDocuments::kCut, {1, 3, 3, 8}, &offset) && offset == 16);
+  CHECK(!deal_step(many, LongDocuments::kCut, {1, 3, 3, 8}, 8, &offset) && offset == 16);
 
   offset = 0;
-  step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset);
+  step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, 8, &offset);
   CHECK(step && offset == 4);  // lanes of 5 tokens, from 0, 4, 9, 14, 19, 24, 29 and 34 on
   CHECK((*step)[0].starts == std::vector<int64_t>({0, 2}));     // document at 2
   CHECK((*step)[1].starts == std::vector<int64_t>({0, 1, 2}));  // documents at 5 and 6
   CHECK((*step)[2].starts == std::vector<int64_t>({0, 3}));     // cut after max_seq_len
   CHECK((*step)[7].ranges[0].begin == 34 && (*step)[7].ranges[0].end == 39);
-  step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset);
+  step = deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, 8, &offset);
   CHECK(step && offset == 5);  // reaches back to use the lanes' last token
   CHECK((*step)[7].ranges[0].begin == 35 && (*step)[7].ranges[0].end == 40);
-  CHECK(!deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, &offset) && offset == 5);
+  CHECK(!deal_step(index, LongDocuments::kSplit, {1, 4, 3, 8}, 8, &offset) && offset == 5);
 }
 
 void test_thread_gives_the_same_stream() {

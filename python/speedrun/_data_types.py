@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A step is always eight parts, so that every world size sees the same tokens. They are dealt like
-# cards: of a world of W, rank r has parts r, r + W, r + 2 W, … (as the public program does).
-NUM_PARTS = 8
+from speedrun.config import num_parts
 
 
 class DataError(ValueError):
@@ -35,7 +33,7 @@ MAX_SIZE = 2**31 - 1  # cu_seqlens and a shard's token count are int32
 
 @dataclass(frozen=True)
 class BatchShape:
-    """`steps` steps in a row of 8 parts of `tokens_per_part` tokens.
+    """`steps` steps in a row, of parts of `tokens_per_part` tokens.
 
     Documents are cut to `max_seq_len` tokens; cu_seqlens has `cu_seqlens_entries` entries a part,
     of which the last is tokens_per_part, so at most cu_seqlens_entries − 1 documents fit.
@@ -77,7 +75,7 @@ class LoaderPosition:
     """Where the next step starts.
 
     shard: index into the list of shards. offset: index of a document in that shard, or of a token
-    in each of its eight lanes where long documents are split, or of a token where tokens are dealt
+    in each of its lanes (one a part) where long documents are split, or of a token where tokens are dealt
     one behind the other. epoch: how often the list of shards has been used up.
     """
 
@@ -99,9 +97,10 @@ class Part:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's P = 8 / world_size parts of one step; every array is int32.
+    """This rank's P parts of one step; every array is int32.
 
-    Row p is part p · world_size + rank of the step's eight.
+    Row p is part p · world_size + rank of the step's: of W ranks, rank r has parts r, r + W,
+    r + 2 W, … (as the public program does). P = num_parts(W) / W.
     """
 
     inputs: np.ndarray  # (P, T)
@@ -117,9 +116,11 @@ MAX_TABLE_ROWS = 1 << 30
 
 
 def check_rank(rank: int, world_size: int):
-    """DataError unless the rank's world deals eight parts evenly."""
-    if world_size not in (1, 2, 4, 8) or not 0 <= rank < world_size:
-        raise DataError(f"rank {rank} of {world_size}: there can be 1, 2, 4 or 8 ranks, from 0 on")
+    """DataError unless the rank's world deals a step's parts evenly."""
+    if not 0 <= rank < world_size or num_parts(world_size) % world_size:
+        raise DataError(
+            f"rank {rank} of {world_size}: there can be 1, 2, 4, 8 or more ranks, from 0 on"
+        )
 
 
 def check_table_rows(bigram_table_rows: int, sign_table_rows: int):

@@ -12,13 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from speedrun._data_types import (
-    NUM_PARTS,
-    BatchShape,
-    DataError,
-    DataFormat,
-    LoaderPosition,
-)
+from speedrun._data_types import BatchShape, DataError, DataFormat, LoaderPosition
 
 HEADER_BYTES = 1024
 MAGIC = 20240520
@@ -120,17 +114,18 @@ class PartRanges(NamedTuple):
 class Documents:
     """Cuts each document to max_seq_len and deals whole documents. Offsets are document indices."""
 
-    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape):
+    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape, num_parts: int):
         self.begins = bos
         lengths = np.minimum(np.diff(bos, append=shard_tokens), shape.max_seq_len)
         self.before = np.concatenate([[0], np.cumsum(lengths)])  # (D + 1,) tokens before document
         self.end = len(bos)
+        self.num_parts = num_parts
         self.num_tokens = shape.tokens_per_part
 
     def deal_step(self, offset: int) -> tuple[list[PartRanges], int] | None:
         """The step that starts at `offset` and the next one's offset; None if it does not fit."""
         parts = []
-        for _ in range(NUM_PARTS):
+        for _ in range(self.num_parts):
             last = int(np.searchsorted(self.before, self.before[offset] + self.num_tokens + 1))
             if last > self.end:
                 return None
@@ -147,15 +142,16 @@ class Documents:
 class Lanes:
     """Deals each part consecutive tokens of a lane of its own. Offsets are tokens of a lane.
 
-    Part p reads lane p of the shard: eight places of a text at once, where eight neighbouring
-    pieces would be about the same thing. max_seq_len cuts a document without loss. Lanes overlap
-    by less than 8 tokens, and a lane's last part reaches back, so that every token is used.
+    Part p reads lane p of the shard: as many places of a text at once, where neighbouring pieces
+    would be about the same thing. max_seq_len cuts a document without loss. Lanes overlap by less
+    than a token a part, and a lane's last part reaches back, so that every token is used.
     """
 
-    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape):
+    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape, num_parts: int):
         self.bos = bos
+        self.num_parts = num_parts
         self.num_inputs = shard_tokens - 1  # the last token is only a target
-        self.end = -(-self.num_inputs // NUM_PARTS)  # length of a lane
+        self.end = -(-self.num_inputs // num_parts)  # length of a lane
         self.num_tokens = shape.tokens_per_part
         self.max_seq_len = shape.max_seq_len
 
@@ -165,7 +161,7 @@ class Lanes:
             return None
         offset = min(offset, self.end - self.num_tokens)
         spare = self.num_inputs - self.end
-        lanes = [part * spare // (NUM_PARTS - 1) for part in range(NUM_PARTS)]
+        lanes = [part * spare // (self.num_parts - 1) for part in range(self.num_parts)]
         return [self._pieces(lane + offset) for lane in lanes], offset + self.num_tokens
 
     def _pieces(self, begin: int) -> PartRanges:
@@ -186,14 +182,15 @@ class Sequences:
     `optimization` does, which wants one token more than the step reads.
     """
 
-    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape):
+    def __init__(self, bos: np.ndarray, shard_tokens: int, shape: BatchShape, num_parts: int):
         self.end = shard_tokens
+        self.num_parts = num_parts
         self.num_tokens = shape.tokens_per_part
         self.starts = np.arange(0, shape.tokens_per_part, shape.max_seq_len)
 
     def deal_step(self, offset: int) -> tuple[list[PartRanges], int] | None:
         """The step that starts at `offset` and the next one's offset; None if it does not fit."""
-        after = offset + NUM_PARTS * self.num_tokens
+        after = offset + self.num_parts * self.num_tokens
         if after + 1 >= self.end:
             return None
         begins = range(offset, after, self.num_tokens)
@@ -216,11 +213,21 @@ class Stream:
     """Deals step after step, without building the batches: the same on every rank."""
 
     def __init__(
-        self, shards, shapes, *, format, batching, long_documents, repeat, start: LoaderPosition
+        self,
+        shards,
+        shapes,
+        *,
+        format,
+        num_parts: int,
+        batching,
+        long_documents,
+        repeat,
+        start: LoaderPosition,
     ):
         self._shards = list(shards)
         self._shapes = iter([shape for shape in shapes for _ in range(shape.steps)])
         self._format = format
+        self._num_parts = num_parts
         self._dealer_type = dealer_type(batching, long_documents)
         self._repeat = repeat
         self._shard = None
@@ -238,7 +245,7 @@ class Stream:
             if not self._repeat:
                 raise TokensRunOut(
                     f"{self._shards[-1]}: the last shard is used up after {self.num_steps_dealt} "
-                    f"steps, and the next needs {NUM_PARTS} x {shape.tokens_per_part} tokens; "
+                    f"steps, and the next needs {self._num_parts} x {shape.tokens_per_part} tokens; "
                     "fetch more shards (speedrun data fetch) or use them again (--repeat-data)"
                 )
             shard, epoch = 0, epoch + 1
@@ -247,7 +254,8 @@ class Stream:
 
     def _deal(self, shape: BatchShape) -> list[PartRanges] | None:
         if self._dealer_shape != shape:
-            self._dealer = self._dealer_type(self._bos, self._shard.num_tokens, shape)
+            size = self._shard.num_tokens
+            self._dealer = self._dealer_type(self._bos, size, shape, self._num_parts)
             self._dealer_shape = shape
         offset = self.position.offset
         if offset > self._dealer.end:
@@ -265,7 +273,7 @@ class Stream:
         return parts
 
     def next_step(self) -> tuple[Shard, BatchShape, list[PartRanges]]:
-        """The eight parts of the next step, all of one shard."""
+        """All parts of the next step, of one shard."""
         shape = next(self._shapes, None)
         if shape is None:
             raise DataError(
@@ -282,8 +290,9 @@ class Stream:
                 return self._shard, shape, parts
             self._next_shard(shape)
         raise DataError(
-            f"{self._shards[0]}: no shard of {len(self._shards)} holds one step of {NUM_PARTS} x "
-            f"{shape.tokens_per_part} tokens; use fewer tokens a step or longer shards"
+            f"{self._shards[0]}: no shard of {len(self._shards)} holds one step of "
+            f"{self._num_parts} x {shape.tokens_per_part} tokens; use fewer tokens a step or "
+            "longer shards"
         )
 
 
@@ -318,7 +327,7 @@ class NumpyLoader:
         self._stream = stream
         self._bigram_table_rows = bigram_table_rows
         self._sign_table_rows = sign_table_rows
-        self._mine = slice(rank, NUM_PARTS, world_size)
+        self._mine = slice(rank, None, world_size)
 
     def next_step(self):
         """(inputs, targets, cu_seqlens, bigram_rows, sign_rows, position) of the next step."""

@@ -17,7 +17,13 @@ TARGET_LOSS_MAIN = 3.28  # nats per token, FineWeb validation
 TARGET_LOSS_MEDIUM = 2.92
 RECORD_P_VALUE = 0.01
 RECORD_VAL_TOKENS = 10_485_760
-NUM_PARTS = 8  # a step is always eight parts, whatever the number of ranks
+NUM_PARTS = 8  # of a step, on 1 to 8 ranks: all of them see the same tokens in the same parts
+GRADIENT_DIVISOR = 8  # gradients are those of the step's summed loss / 8, on any number of ranks
+
+
+def num_parts(world_size: int) -> int:
+    """Parts of a step, dealt to the ranks like cards: eight, or one a rank where ranks are more."""
+    return max(NUM_PARTS, world_size)
 
 
 class ConfigError(ValueError):

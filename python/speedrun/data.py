@@ -14,7 +14,6 @@ from speedrun import _numpy_loader as twin
 from speedrun._data_types import (
     BYTES,
     GPT2,
-    NUM_PARTS,
     BatchShape,
     DataError,
     DataFormat,
@@ -26,6 +25,7 @@ from speedrun._data_types import (
     cu_seqlens_entries,
 )
 from speedrun._validation_parts import validation_parts
+from speedrun.config import num_parts
 
 _HOST_PROBLEM = None
 try:
@@ -38,7 +38,6 @@ _DATA_ERRORS = (DataError,) if _host is None else (DataError, _host.DataError)
 __all__ = [
     "BYTES",
     "GPT2",
-    "NUM_PARTS",
     "BatchShape",
     "DataError",
     "DataFormat",
@@ -135,8 +134,8 @@ class TokenLoader:
     batching: "documents" deals whole ones from their BOS (the record's rule), "consecutive" all
     tokens in order, in sequences of max_seq_len that heed no document (the track `optimization`'s).
     long_documents, of documents: "cut" drops what is beyond max_seq_len (the record's rule),
-    "split" keeps it as further sequences, and part p reads the p-th eighth of the shard (for few,
-    long texts). repeat: start again after the last shard. backend: "host" is C++ with a thread that
+    "split" keeps it as further sequences, and part p reads the p-th lane of the shard, an eighth of
+    it (for few, long texts). world_size: above 8, a step has so many parts. repeat: start again after the last shard. backend: "host" is C++ with a thread that
     prepares `prefetch_steps` steps ahead, "numpy" its plain twin, and the only one for consecutive
     tokens, "auto" the first that will do. A table of 0 rows costs nothing and gives None.
 
@@ -198,6 +197,7 @@ class TokenLoader:
                 shards,
                 shapes,
                 format=format,
+                num_parts=num_parts(world_size),
                 batching=batching,
                 long_documents=long_documents,
                 repeat=repeat,
@@ -262,6 +262,7 @@ def check_schedule(
     batching: str = "documents",
     long_documents: str,
     repeat: bool,
+    world_size: int = 1,
 ) -> None:
     """Raises the DataError that a run of this schedule would meet, before it starts.
 
@@ -272,12 +273,17 @@ def check_schedule(
         shards,
         shapes,
         format=format,
+        num_parts=num_parts(world_size),
         batching=batching,
         long_documents=long_documents,
         repeat=repeat,
         start=LoaderPosition(),
     )
-    steps = [NUM_PARTS * shape.tokens_per_part for shape in shapes for _ in range(shape.steps)]
+    steps = [
+        num_parts(world_size) * shape.tokens_per_part
+        for shape in shapes
+        for _ in range(shape.steps)
+    ]
     try:
         for _ in steps:
             stream.next_step()

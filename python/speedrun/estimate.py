@@ -24,7 +24,6 @@ from torch import nn
 from speedrun.baseline_model import LOGITS_AT_ONCE, BaselineGPT
 from speedrun.comms import Comms, rows_per_rank
 from speedrun.config import (
-    NUM_PARTS,
     BaselineConfig,
     Config,
     LayerSpec,
@@ -33,6 +32,7 @@ from speedrun.config import (
     OptimConfig,
     Stage,
     Windows,
+    num_parts,
 )
 from speedrun.model import GPT
 from speedrun.ops.softcap_ce import rows_at_once
@@ -226,8 +226,9 @@ def lookup_work(model: nn.Module, precision: Precision) -> Work:
 
 def micro_batch_tokens(config: Config, stage: Stage, world_size: int) -> int:
     """T."""
-    parts = min(config.micro_batch_parts, NUM_PARTS // world_size)
-    return stage.tokens_per_step // NUM_PARTS * parts
+    all_parts = num_parts(world_size)
+    parts = min(config.micro_batch_parts, all_parts // world_size)
+    return stage.tokens_per_step // all_parts * parts
 
 
 def work_a_token(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speedrun.batch import MicroBatch
-from speedrun.config import NUM_PARTS, Config, ConfigError, ModelConfig
+from speedrun.config import Config, ConfigError, ModelConfig, num_parts
 from speedrun.corpus import stdlib_corpus, text_corpus
 from speedrun.data import (
     BYTES,
@@ -90,22 +90,23 @@ def with_vocabulary(config: Config) -> Config:
     return dataclasses.replace(config, model=model_for(config, data_format))
 
 
-def batch_shapes(config: Config, schedule: Schedule) -> list[BatchShape]:
+def batch_shapes(config: Config, schedule: Schedule, world_size: int) -> list[BatchShape]:
     """What the loader deals: one entry a stage."""
     shapes = []
     for stage, start, end in zip(schedule.stages, schedule.starts, schedule.ends, strict=True):
-        tokens = stage.tokens_per_step // NUM_PARTS
+        tokens = stage.tokens_per_step // num_parts(world_size)
         entries = config.data.cu_seqlens_entries or cu_seqlens_entries(tokens)
         shapes.append(BatchShape(end - start, tokens, stage.max_seq_len, entries))
     return shapes
 
 
-def preflight(config: Config, data: DataSource, schedule: Schedule) -> None:
+def preflight(config: Config, data: DataSource, schedule: Schedule, world_size: int = 1) -> None:
     """Everything about the data that would stop the run later, found before it starts."""
     check_schedule(
         data.train,
-        batch_shapes(config, schedule),
+        batch_shapes(config, schedule, world_size),
         format=data.format,
+        world_size=world_size,
         batching=config.data.batching,
         long_documents=data.long_documents,
         repeat=config.data.repeat,
@@ -119,7 +120,7 @@ def training_loader(
 ) -> TokenLoader:
     return TokenLoader(
         data.train,
-        batch_shapes(config, schedule),
+        batch_shapes(config, schedule, world_size),
         format=data.format,
         bigram_table_rows=config.model.bigram_rows,
         sign_table_rows=config.model.sign_rows,
@@ -154,7 +155,7 @@ def made_up_batch(
     config: Config, shape: BatchShape, vocab_size: int, world_size: int, seed: int
 ) -> StepBatch:
     """A rank's parts of a step in that shape, of random tokens in one document each."""
-    size = (NUM_PARTS // world_size, shape.tokens_per_part)
+    size = (num_parts(world_size) // world_size, shape.tokens_per_part)
     tokens = np.random.default_rng(seed).integers(0, vocab_size, size, dtype=np.int32)
     cu_seqlens = np.full((size[0], shape.cu_seqlens_entries), size[1], np.int32)
     cu_seqlens[:, 0] = 0

@@ -22,7 +22,7 @@ from speedrun import hardware, recipes
 from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import LossWeights, MicroBatch
 from speedrun.comms import Comms
-from speedrun.config import NUM_PARTS, BaselineConfig, Config, ConfigError
+from speedrun.config import GRADIENT_DIVISOR, BaselineConfig, Config, ConfigError
 from speedrun.config_check import check
 from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import DataError, StepBatch
@@ -46,6 +46,7 @@ from speedrun.sources import (
     validation_data,
 )
 from speedrun.tokenizer import Tokenizer
+from speedrun.world_size import check_world_size, record_obstacles
 
 
 def main(args: argparse.Namespace) -> None:
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     data = open_data(args.data, args.text, config)
     config = dataclasses.replace(config, model=model_for(config, data.format))
     schedule = Schedule(config.schedule)
-    preflight(config, data, schedule)
+    preflight(config, data, schedule, run.comms.world_size)
     tokenizer = prefix_tokenizer(config.schedule, data.format, data.folder)
     log = start_log(args, config, data, run)
 
@@ -111,8 +112,7 @@ def start_run(args: argparse.Namespace, config: Config) -> Run:
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if world_size not in (1, 2, 4, 8):
-        raise ConfigError(f"{world_size} ranks: a step has eight parts, so use 1, 2, 4 or 8 ranks")
+    check_world_size(config, world_size)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.device == "cuda" and torch.cuda.device_count() < local_world_size:
         raise ConfigError(
@@ -146,12 +146,15 @@ def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: R
     if problem:
         raise RunError(problem)
     log = RunLog(folder, config.schedule.total_steps, config.log_interval)
+    obstacles = record_obstacles(config, run.comms.world_size)
     log.header(
         config,
         {
             "seed": args.seed,
             "device": hardware.device_name(run.device),
             "world_size": run.comms.world_size,
+            "record_eligible": not obstacles,
+            "record_obstacles": obstacles,
             "dtype": str(run.dtype),
             "fp8": run.fp8,
             "train_data": [str(path) for path in data.train],
@@ -164,6 +167,8 @@ def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: R
         f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}; "
         f"log in {folder}"
     )
+    for obstacle in obstacles:
+        log.say(f"no record: {obstacle}")
     if config.data.repeat:
         log.say("data.repeat is on: after the last shard the token stream starts again")
     return log
@@ -193,7 +198,7 @@ def warm_up(
 ) -> None:
     """Run every shape once on made-up tokens, before the clock; then put all state back."""
     snapshot = optimizer.snapshot()
-    shapes = batch_shapes(config, schedule)
+    shapes = batch_shapes(config, schedule, run.comms.world_size)
     for i, (shape, start) in enumerate(zip(shapes, schedule.starts, strict=True)):
         made_up = made_up_batch(config, shape, data.format.vocab_size, run.comms.world_size, seed=i)
         batches = to_micro_batches(made_up, config, run.device)
@@ -245,7 +250,7 @@ def forward_backward(
     for batch in micro_batches:
         windows = model.plan_windows(batch, plan.windows)
         loss = model.training_loss(batch, windows, weights)
-        (loss / NUM_PARTS).backward()
+        (loss / GRADIENT_DIVISOR).backward()
         if batch.bigram_rows_PT is not None:
             optimizer.touched("bigram_embed", model.table_rows(batch)[0])
         total += loss.detach()

@@ -17,6 +17,7 @@ from speedrun.config import Config, ConfigError
 from speedrun.estimate import Precision, Work
 from speedrun.schedule import Schedule, StepPlan
 from speedrun.sources import with_vocabulary
+from speedrun.world_size import check_world_size
 
 NOTES = """\
 FLOPs: a multiply-add is 2; matrix products and attention only, nothing that is computed again.
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a config value"
     )
     parser.add_argument("--steps", type=int, help="total steps; the schedule scales with it")
-    parser.add_argument("--world-size", type=int, choices=(1, 2, 4, 8), default=8, help="GPUs")
+    parser.add_argument("--world-size", type=int, default=8, help="GPUs (default: 8)")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
     parser.set_defaults(repeat_data=False)
 
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; 1 for a config that can't run, with the reason on stderr."""
     try:
-        report = explain(train.configure(args), args.world_size)
+        config = train.configure(args)
+        check_world_size(config, args.world_size)
+        report = explain(config, args.world_size)
     except ConfigError as error:
         print(f"speedrun explain: error: {error}", file=sys.stderr)
         return 1

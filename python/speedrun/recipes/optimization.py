@@ -10,7 +10,7 @@ A claim of N steps needs (3.28 - mean)·√n >= 0.004 over n runs that all stop 
 from __future__ import annotations
 
 from speedrun.config import (
-    NUM_PARTS,
+    GRADIENT_DIVISOR,
     AdamRow,
     AdamWConfig,
     BaselineConfig,
@@ -41,7 +41,7 @@ def config() -> Config:
             muon=MuonConfig(lr=0.025, wd=0.05),
             # The rates are in the table. Gradients here are an eighth of the public program's,
             # which sums over all positions; so is eps.
-            adamw=AdamWConfig(lr=1.0, wd=0.001, eps=1e-10 / NUM_PARTS),
+            adamw=AdamWConfig(lr=1.0, wd=0.001, eps=1e-10 / GRADIENT_DIVISOR),
         ),
         schedule=ScheduleConfig(
             num_steps=3250,
