@@ -72,15 +72,20 @@ def new_run_folder(out: str | None, recipe: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(out) if out else Path("runs") / f"{stamp}_{recipe}"
     try:
+        check_run_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "log.txt").exists():
-            raise RunError(f"{folder}: holds a run already; choose another folder by --out")
         (folder / "log.txt").touch()
     except OSError as error:
         raise RunError(
             f"{folder}: can't be written ({error.strerror}); choose another folder by --out"
         ) from None
     return folder
+
+
+def check_run_folder(folder: Path) -> None:
+    """RunError if the folder holds a run already."""
+    if os.path.lexists(folder / "log.txt"):
+        raise RunError(f"{folder}: holds a run already; choose another folder by --out")
 
 
 def source_hashes() -> dict[str, str]:

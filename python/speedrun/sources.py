@@ -100,8 +100,10 @@ def batch_shapes(config: Config, schedule: Schedule, world_size: int) -> list[Ba
     return shapes
 
 
-def preflight(config: Config, data: DataSource, schedule: Schedule, world_size: int = 1) -> None:
-    """Everything about the data that would stop the run later, found before it starts."""
+def check_training_data(
+    config: Config, data: DataSource, schedule: Schedule, world_size: int
+) -> None:
+    """DataError for what the schedule would meet in the training shards."""
     check_schedule(
         data.train,
         batch_shapes(config, schedule, world_size),
@@ -111,8 +113,18 @@ def preflight(config: Config, data: DataSource, schedule: Schedule, world_size: 
         long_documents=data.long_documents,
         repeat=config.data.repeat,
     )
+
+
+def check_validation_data(config: Config, data: DataSource) -> None:
+    """DataError for what a validation would meet."""
     for _ in validation_data(config, data, rank=0, world_size=1):
         pass
+
+
+def check_data(config: Config, data: DataSource, schedule: Schedule, world_size: int = 1) -> None:
+    """Everything about the data that would stop the run later, found before it starts."""
+    check_training_data(config, data, schedule, world_size)
+    check_validation_data(config, data)
 
 
 def training_loader(

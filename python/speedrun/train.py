@@ -26,21 +26,20 @@ from speedrun.config import GRADIENT_DIVISOR, BaselineConfig, Config, ConfigErro
 from speedrun.config_check import check
 from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import DataError, StepBatch
+from speedrun.estimate import Precision
 from speedrun.evaluate import evaluate
 from speedrun.model import GPT
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
 from speedrun.plot import plot_loss
-from speedrun.prefix_table import build_prefix_table, prefix_tokenizer
+from speedrun.prefix_table import build_prefix_table
+from speedrun.preflight import preflight
 from speedrun.runlog import Clock, LossQueue, RunError, RunLog, new_run_folder
 from speedrun.schedule import Schedule, StepPlan, scaled
 from speedrun.sources import (
     DataSource,
     batch_shapes,
     made_up_batch,
-    model_for,
-    open_data,
-    preflight,
     to_micro_batches,
     training_loader,
     validation_data,
@@ -53,11 +52,9 @@ def main(args: argparse.Namespace) -> None:
     """One run. Raises ConfigError, DataError or RunError with a message for the user."""
     config = configure(args)
     run = start_run(args, config)
-    data = open_data(args.data, args.text, config)
-    config = dataclasses.replace(config, model=model_for(config, data.format))
+    precision = Precision(run.dtype, run.fp8)
+    config, data, tokenizer = preflight(args, config, run.comms, run.device, precision)
     schedule = Schedule(config.schedule)
-    preflight(config, data, schedule, run.comms.world_size)
-    tokenizer = prefix_tokenizer(config.schedule, data.format, data.folder)
     log = start_log(args, config, data, run)
 
     model = build_model(config, run, args.seed)

@@ -28,7 +28,7 @@ from speedrun.optim import placements
 from speedrun.prefix_table import prefix_tokenizer
 from speedrun.runlog import RunError, environment
 from speedrun.schedule import Schedule
-from speedrun.sources import DataSource, model_for, open_data, preflight
+from speedrun.sources import DataSource, check_data, model_for, open_data
 from speedrun.techniques import TECHNIQUES, in_use
 
 ALL_ON = "all_on"  # the arm without a technique off
@@ -95,7 +95,7 @@ def _ablate(args: argparse.Namespace) -> int:
     config = train.configure(args)
     data = open_data(args.data, args.text, config)
     config = dataclasses.replace(config, model=model_for(config, data.format))
-    preflight(config, data, Schedule(config.schedule))
+    check_data(config, data, Schedule(config.schedule))
     prefix_tokenizer(config.schedule, data.format, data.folder)
     arms = {ALL_ON: config} | _chosen(args, config, data)
     for name, arm in arms.items():

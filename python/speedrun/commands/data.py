@@ -197,7 +197,7 @@ def _recipe_problem(name: str, folder: Path) -> str | None:
         config = recipes.load(name)
         data = sources.shards_of(folder, config)
         sources.model_for(config, data.format)
-        sources.preflight(config, data, Schedule(config.schedule))
+        sources.check_data(config, data, Schedule(config.schedule))
     except ValueError as error:  # ConfigError, DataError
         return str(error)
     print(f"{folder}: enough for recipe {name}")
