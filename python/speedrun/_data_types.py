@@ -75,8 +75,9 @@ class LoaderPosition:
     """Where the next step starts.
 
     shard: index into the list of shards. offset: index of a document in that shard, or of a token
-    in each of its lanes (one a part) where long documents are split, or of a token where tokens are dealt
-    one behind the other. epoch: how often the list of shards has been used up.
+    in each of its lanes (one a part) where long documents are split, or of a token where tokens are
+    dealt one behind the other. epoch: how often the list of shards has been used up. Lanes are
+    others where a step has another number of parts: there a position of theirs means nothing.
     """
 
     shard: int = 0

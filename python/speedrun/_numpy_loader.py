@@ -245,8 +245,9 @@ class Stream:
             if not self._repeat:
                 raise TokensRunOut(
                     f"{self._shards[-1]}: the last shard is used up after {self.num_steps_dealt} "
-                    f"steps, and the next needs {self._num_parts} x {shape.tokens_per_part} tokens; "
-                    "fetch more shards (speedrun data fetch) or use them again (--repeat-data)"
+                    f"steps, and the next needs {self._num_parts} x {shape.tokens_per_part} "
+                    "tokens; fetch more shards (speedrun data fetch) or use them again "
+                    "(--repeat-data)"
                 )
             shard, epoch = 0, epoch + 1
         self.position = LoaderPosition(shard, 0, epoch)

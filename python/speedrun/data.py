@@ -134,10 +134,12 @@ class TokenLoader:
     batching: "documents" deals whole ones from their BOS (the record's rule), "consecutive" all
     tokens in order, in sequences of max_seq_len that heed no document (the track `optimization`'s).
     long_documents, of documents: "cut" drops what is beyond max_seq_len (the record's rule),
-    "split" keeps it as further sequences, and part p reads the p-th lane of the shard, an eighth of
-    it (for few, long texts). world_size: above 8, a step has so many parts. repeat: start again after the last shard. backend: "host" is C++ with a thread that
-    prepares `prefetch_steps` steps ahead, "numpy" its plain twin, and the only one for consecutive
-    tokens, "auto" the first that will do. A table of 0 rows costs nothing and gives None.
+    "split" keeps it as further sequences, and part p reads the p-th of the shard's lanes, one a
+    part (for few, long texts). world_size: a step has eight parts of tokens_per_part, and above 8
+    ranks one a rank. repeat: start again after the last shard. backend: "host" is C++ with a thread
+    that prepares `prefetch_steps` steps ahead, "numpy" its plain twin, and the only one for
+    consecutive tokens, "auto" the first that will do. A table of 0 rows costs nothing and gives
+    None.
 
     Raises DataError for impossible arguments; bad shards show in next_step().
     """

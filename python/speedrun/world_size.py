@@ -12,7 +12,7 @@ NAMED_UP_TO = 64  # ranks: what is allowed is listed so far, and up to the numbe
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """ConfigError, naming what is allowed, unless the parts of every step go to the ranks evenly."""
+    """ConfigError, naming what is allowed, unless the ranks can share the parts of each step."""
     problem = _problem(config, world_size)
     if problem is None:
         return
