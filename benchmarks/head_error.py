@@ -82,7 +82,7 @@ def trained_tiny(text: Path | None, num_steps: int) -> Problem:
     config = dataclasses.replace(config, model=model_for(config, data.format))
     run = train.Run(Comms(), torch.device("cpu"), torch.float32)
     model = train.build_model(config, run, seed=0)
-    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.buffers)
+    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.named_buffers)
     schedule = Schedule(config.schedule)
     with training_loader(config, data, schedule, 0, 1) as loader:
         for plan in itertools.islice(schedule, num_steps):

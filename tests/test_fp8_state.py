@@ -70,7 +70,7 @@ def test_copies_follow_training():
     schedule = dataclasses.replace(config.schedule, untie_frac=0.5)
     model = GPT(config.model, BF16, fp8=True)
     model.init_weights(0)
-    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.buffers)
+    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.named_buffers)
     batch = make_batch(config.model, 1, [0, 5, 40])
     windows = model.plan_windows(batch, Windows(3, 7))
     snapshot = optimizer.snapshot()

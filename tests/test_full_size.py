@@ -47,7 +47,7 @@ def test_one_step(shared_data):
         guess = model.validation_loss(batch, plan).item() / TOKENS
     assert guess == pytest.approx(math.log(config.padded_vocab_size), abs=0.02)
 
-    optimizer = Optimizer(model.named_parameters(), recipe.optim, Comms(), model.buffers)
+    optimizer = Optimizer(model.named_parameters(), recipe.optim, Comms(), model.named_buffers)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.refresh_fp8(step.fp8_down_own_amax)
     weights = LossWeights(step.multi_token_weights, step.prefix_weight, prefixes)

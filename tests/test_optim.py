@@ -550,7 +550,7 @@ def test_restore_puts_fp8_scales_back():
     config = small_config()
     model = GPT(config.model, torch.bfloat16, fp8=True)
     model.init_weights(0)
-    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.buffers)
+    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.named_buffers)
     batch = make_batch(config.model, 1, [0, 5, 40])
     windows = model.plan_windows(batch, Windows(3, 7))
 

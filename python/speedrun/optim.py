@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -222,6 +222,18 @@ class HeadParam(ShardedParam):
 Item = ReplicatedParams | ShardedParam
 
 
+class StateTensor(NamedTuple):
+    """A live tensor that one step leaves to the next.
+
+    num_rows: of the whole, where `tensor` is the rows of it that this rank owns. per_rank: each
+    rank has another; else all have the same.
+    """
+
+    tensor: Tensor
+    num_rows: int | None = None
+    per_rank: bool = False
+
+
 def _rule(place: Placement, config: OptimConfig, weight: Tensor, first: int) -> UpdateRule:
     name = config.matrix_rule if isinstance(place.row, MuonRow) else config.vector_rule
     return RULES[name](place.row, config, weight, first)
@@ -245,8 +257,8 @@ def _share_launches(a: Item, b: Item) -> bool:
 class Optimizer:
     """Every parameter of a model, by the row of the tables that matches its name.
 
-    `buffers`: gives what else a step changes in the model, for snapshots only. Raises ConfigError
-    as `placements` does.
+    `buffers`: gives what else a step changes in the model, by name, for `state` only. Raises
+    ConfigError as `placements` does.
     """
 
     def __init__(
@@ -254,7 +266,7 @@ class Optimizer:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimConfig,
         comms: Comms,
-        buffers: Callable[[], Iterable[Tensor]] = tuple,
+        buffers: Callable[[], Iterable[tuple[str, Tensor]]] = tuple,
     ) -> None:
         self.buffers = buffers
         params = dict(named_parameters)
@@ -344,14 +356,33 @@ class Optimizer:
                 for param in item.finish(tied):
                     self._forget(param)
 
+    def state(self) -> dict[str, StateTensor]:
+        """All that a step leaves to the next but gradients, by name: the one list for the warm-up,
+        which puts it back, and for checkpoints.
+
+        Buffers of the model itself are the same on every rank; those of modules inside it, which
+        are FP8's scales, belong to the rank. What a step takes from its number alone is no state:
+        rates, momentum, windows, rotary frequencies, the score scale, whether head and embedding
+        are tied.
+        """
+        found = {f"model.{name}": StateTensor(param.data) for name, param in self.params.items()}
+        for item in (item for group in self.order for item in group):
+            num_rows = item.rows_shape[0] if isinstance(item, ShardedParam) else None
+            for name, rule in item.rules.items():
+                for key, t in rule.state.items():
+                    found[f"optim.{name}.{key}"] = StateTensor(t, num_rows if t.dim() else None)
+        for name, buffer in self.buffers():
+            found[f"model.{name}"] = StateTensor(buffer, per_rank="." in name)
+        return found
+
     def snapshot(self) -> list[Tensor]:
-        """Copies of parameters, state and buffers, for `restore`; taken before the warm-up."""
-        return [t.clone() for t in self._tensors()]
+        """Copies of `state`, for `restore`; taken before the warm-up."""
+        return [t.clone() for t, *_ in self.state().values()]
 
     @torch.no_grad()
-    def restore(self, snapshot: Sequence[Tensor]) -> None:
+    def restore(self, snapshot: Iterable[Tensor]) -> None:
         """Put a snapshot back, bitwise, and forget gradients."""
-        for t, saved in zip(self._tensors(), snapshot, strict=True):
+        for (t, *_), saved in zip(self.state().values(), snapshot, strict=True):
             t.copy_(saved)
         increment_version(self.params.values())
         for param in self.params.values():
@@ -359,16 +390,39 @@ class Optimizer:
         for rows in self.sparse.values():
             rows.clear()
 
+    def unused_gradients(self) -> dict[str, Tensor]:
+        """This rank's gradients that wait for a step to come, and the rows that they touched.
+
+        "grad.NAME" like the parameter, "touched.NAME" (N,) of row numbers; live or new tensors.
+        """
+        found = {}
+        for name, param in self.params.items():
+            # Graphs keep used-up gradients, as zeros.
+            if param.grad is not None and (self.graphs is None or param.grad.any()):
+                found[f"grad.{name}"] = param.grad
+        touched = {f"touched.{name}": torch.cat(rows) for name, rows in self.sparse.items() if rows}
+        return found | touched
+
+    @torch.no_grad()
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Those of `unused_gradients`, from any device, as a backward pass would add them."""
+        for key, t in gradients.items():
+            kind, _, name = key.partition(".")
+            param = self.params[name]
+            t = t.to(param.device, copy=True)
+            if kind == "touched":
+                self.touched(name, t)
+            elif param.grad is None:
+                param.grad = t
+            else:
+                param.grad.add_(t)
+
     def _forget(self, param: nn.Parameter) -> None:
         """Its gradient. Graphs read gradients where they were at the capture: these keep theirs."""
         if self.graphs is None:
             param.grad = None
         elif param.grad is not None:
             param.grad.zero_()
-
-    def _tensors(self) -> list[Tensor]:
-        state = [t for rule in self.rules.values() for t in rule.state.values()]
-        return [*(param.data for param in self.params.values()), *state, *self.buffers()]
 
 
 def communication_bytes(

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
     model = build_model(config, run, args.seed)
     model.compile(choose_compile(args.compile, run))
-    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.buffers)
+    optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.named_buffers)
     warm_up(model, optimizer, schedule, config, data, run)
     losses = LossQueue()
     clock = Clock(run.device)
