@@ -1,8 +1,8 @@
 """The record's model written from RECIPE sections 2 and 3: one part, token by token, in float64.
 
 It shares no code with the package; it reads a config's words and parameters by their names. T
-tokens, D model dim, H heads, K head dim. What a document's tokens can see of others depends on
-`config.isolate_documents` alone.
+tokens, D model dim, H heads, K head dim of queries and keys, E of values. What a document's tokens
+can see of others depends on `config.isolate_documents` alone.
 """
 
 import math
@@ -41,7 +41,8 @@ class RecordDefinition:
         self.config, self.layers, self.windows = model.config, model.config.layers, windows
         self.p = dict(model.named_parameters())
         self.signs, self.tokens, self.starts = model.sign_table, tokens, starts
-        self.T, self.H, self.K = len(tokens), self.config.num_heads, self.config.head_dim
+        self.T, self.H, self.E = len(tokens), self.config.num_heads, self.config.head_dim
+        self.K = self.config.qk_head_dim or self.E
         self.index = torch.tensor(tokens)
         self.frequencies = [1024 ** -(i / max(self.K // 4 - 1, 1)) for i in range(self.K // 4)]
         self.score_scale = self.config.score_scale
@@ -151,16 +152,16 @@ class RecordDefinition:
 
     def attend(self, i: int, spec, number: int, h_TD: Tensor, extra: Tensor, gates) -> Tensor:
         """Attention_i, the `number`-th attention; `extra` (T, D) is added to the values."""
-        H, K, D = self.H, self.K, self.H * self.K
+        H, K, E, D = self.H, self.K, self.E, self.H * self.E
         bank = self.p["qk_bank"][number * H : (number + 1) * H]
-        w_q, w_k = bank[: H // 2].reshape(D, D), bank[H // 2 :].reshape(D, D)
+        w_q, w_k = bank[: H // 2].reshape(H * K, D), bank[H // 2 :].reshape(H * K, D)
         w_v, w_o = self.p["vo_bank"][2 * number], self.p["vo_bank"][2 * number + 1]
         if self.config.attention_lambdas:
             w_q, w_k, w_v = (self.p["lambda_qkv"][i] * w for w in (w_q, w_k, w_v))
             w_o = self.p["lambda_o"][i] * w_o
         paired, long = self.has(spec, "paired"), spec.window == "long"
         q, k = (self.turned((h_TD @ w.T).view(-1, H, K), paired) for w in (w_q, w_k))
-        v = (h_TD @ w_v.T + extra).view(-1, H, K)
+        v = (h_TD @ w_v.T + extra).view(-1, H, E)
         if long and self.config.key_offset:
             still = [k[t if self.first(t) else t - 1, :, K // 2 :] for t in range(self.T)]
             k = torch.cat([k[..., : K // 2], torch.stack(still)], dim=-1)
@@ -233,7 +234,7 @@ class RecordDefinition:
                     else:
                         inputs = torch.cat([h[:, :6], ve[:, :6]], dim=-1)
                         g = 2 * torch.sigmoid(inputs @ next(ve_gates).T)
-                    extra = (g[..., None] * ve.view(self.T, self.H, self.K)).flatten(1)
+                    extra = (g[..., None] * ve.view(self.T, self.H, self.E)).flatten(1)
                 if mudd:
                     extra = extra + mu[0] * c0 + mu[1] * saved[-1] + mu[2] * x
                 a = self.attend(i, spec, number, h, extra, gates)

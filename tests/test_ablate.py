@@ -94,7 +94,7 @@ def missing(**changes):
             {"variance_rescale", "exact_weights", "cautious_decay"},
         ),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_switches_of_what_is_not_there_are_left_out(changes, wanted):
     assert missing(**changes) == wanted

@@ -167,6 +167,8 @@ IMPOSSIBLE = [
     ("model.num_heads=3", "model.num_heads=3: must be even"),
     ("model.num_heads=-2", "model.num_heads=-2: must be greater than 0"),
     ("model.head_dim=6", "model.head_dim=6: must be divisible by 4"),
+    ("model.qk_head_dim=6", "model.qk_head_dim=6: must be divisible by 4"),
+    ("model.qk_head_dim=0", "model.qk_head_dim=0: must be greater than 0, or None for head_dim"),
     ("model.model_dim=20", "model.model_dim=20: must be num_heads * head_dim = 16"),
     ("model.mlp_hidden=0", "model.mlp_hidden=0: must be greater than 0"),
     ("model.layers=short*0", "model.layers=(): needs at least one layer"),

@@ -98,7 +98,13 @@ def counted_flops(work):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gates": "constant"}, {"mudd": False}, {"smear": False, "value_embeds": False}],
+    [
+        {},
+        {"gates": "constant"},
+        {"mudd": False},
+        {"smear": False, "value_embeds": False},
+        {"qk_head_dim": 4},
+    ],
     ids=str,
 )
 def test_products_against_torch(changes):
@@ -142,6 +148,11 @@ def test_attention_by_hand():
         "attention: long, 2 back": Work(64 * 9 / 4, 2 * 64 * 9 / 4, once, 2 * once),
         "attention: DC": Work(68 * 7 / 4, 2 * 68 * 7 / 4, once, 2 * once),
     }
+    narrow = dataclasses.replace(config, qk_head_dim=4)  # 2·8 + 2·16 FLOPs a key
+    work = estimate.attention_work(narrow, Windows(1, 2), 4, BF16)
+    once = (2 * 8 + 2 * 16) * 2
+    assert work["attention: short, 1 back"] == Work(48 * 7 / 4, 2 * 48 * 7 / 4, once, 2 * once)
+    assert work["attention: DC"] == Work(52 * 7 / 4, 2 * 52 * 7 / 4, once, 2 * once)
 
 
 def test_bytes_of_a_product_by_hand():

@@ -138,8 +138,9 @@ class HeadConfig:
 class ModelConfig:
     """Sizes and techniques of the GPT.
 
-    D model_dim, H num_heads, K head_dim, F mlp_hidden, V padded_vocab_size. Each technique is one
-    field. Those that are a role of layers are on by default and do nothing until a layer has it.
+    D model_dim, H num_heads, K qk_dim, E head_dim, F mlp_hidden, V padded_vocab_size. Each
+    technique is one field. Those that are a role of layers are on by default and do nothing until a
+    layer has it.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -147,6 +148,7 @@ class ModelConfig:
     num_heads: int
     head_dim: int
     mlp_hidden: int
+    qk_head_dim: int | None = None  # of queries and keys, where it isn't that of the values
     vocab_size: int | None = None  # None: that of the data's tokenizer
     vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this
     bigram_rows: int = 0  # rows of the bigram hash table, 0: no table
@@ -204,6 +206,10 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def qk_dim(self) -> int:
+        return self.head_dim if self.qk_head_dim is None else self.qk_head_dim
+
+    @property
     def num_attentions(self) -> int:
         return sum(layer.attention is not None for layer in self.layers)
 
@@ -232,6 +238,10 @@ class BaselineConfig:
     @property
     def num_heads(self) -> int:
         return self.model_dim // self.head_dim
+
+    @property
+    def qk_dim(self) -> int:
+        return self.head_dim
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def check(config: Config) -> None:
     model, schedule, optim, data = config.model, config.schedule, config.optim, config.data
     require_positive(model, "model.", "model_dim", "head_dim", "mlp_hidden", "vocab_multiple")
     require_positive(model, "model.", "rotary_base", "score_scale")
-    require(model.head_dim % 4 == 0, "model.head_dim", model.head_dim, "must be divisible by 4")
+    qk_key = "model.head_dim" if model.qk_dim == model.head_dim else "model.qk_head_dim"
+    require(model.qk_dim % 4 == 0, qk_key, model.qk_dim, "must be divisible by 4")
     require(
         model.vocab_size is None or 0 < model.vocab_size <= 65536,
         "model.vocab_size",
@@ -144,6 +145,12 @@ def check(config: Config) -> None:
 
 def _check_gpt(model: ModelConfig, require: Callable, require_positive: Callable) -> None:
     require_positive(model, "model.", "num_heads", "softcap_a", "softcap_c")
+    require(
+        model.qk_dim > 0,
+        "model.qk_head_dim",
+        model.qk_head_dim,
+        "must be greater than 0, or None for head_dim",
+    )
     require(len(model.layers) > 0, "model.layers", "()", "needs at least one layer")
     require(model.num_heads % 2 == 0, "model.num_heads", model.num_heads, "must be even")
     require(

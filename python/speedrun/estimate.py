@@ -1,7 +1,8 @@
 """What a recipe costs, from its config alone: parameters, work a token, memory and messages.
 
 Models are built on the meta device, which has shapes and no memory. D model dim, H heads, K head
-dim, F MLP hidden, V padded vocabulary, T tokens of a micro-batch, G outputs of a small network.
+dim of queries and keys, F MLP hidden, V padded vocabulary, T tokens of a micro-batch, G outputs of
+a small network.
 
 How work is counted. A multiply-add is 2 FLOPs, and only matrix products and attention count. Each
 query sees as many keys as its window shows in a document of max_seq_len tokens (so it is an upper
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -148,7 +150,7 @@ def gemms(model: nn.Module, precision: Precision) -> list[Gemm]:
         up, down = operands(mlp.up, mlp.dx, mlp.dup), operands(mlp.down, mlp.dpre, mlp.ddown)
         head = operands(*["fp8" if config.head.fp8 else "bf16"] * 3)
     found = [
-        Gemm("attention: QKV", A, D, 3 * D, *plain),
+        Gemm("attention: QKV", A, D, 2 * config.num_heads * config.qk_dim + D, *plain),
         Gemm("attention: output", A, D, D, *plain),
         Gemm("MLP: up", L, D, F, *up),
         Gemm("MLP: down", L, F, D, *down),
@@ -185,10 +187,18 @@ def mean_keys(length: int, window: int) -> float:
 
 
 def attention_work(
-    config: ModelConfig | BaselineConfig, windows: Windows, length: int, precision: Precision
+    config: ModelConfig | BaselineConfig,
+    windows: Windows,
+    length: int,
+    precision: Precision,
+    keys_of: Callable[[int, int], float] = mean_keys,
 ) -> dict[str, Work]:
-    """By kind of attention, summed over the layers. A pair of heads is one of twice the length."""
-    size, heads_size = precision.dtype.itemsize, config.num_heads * config.head_dim
+    """By kind of attention, summed over the layers. A pair of heads is one of twice the length.
+
+    keys_of(length, window): keys that count for a query.
+    """
+    # Numbers of a token's queries (or keys), and of its values (or outputs), together.
+    size, widths = precision.dtype.itemsize, config.num_heads * (config.qk_dim + config.head_dim)
     layers = (
         [LayerSpec(window="long")] * config.num_layers
         if isinstance(config, BaselineConfig)
@@ -197,7 +207,7 @@ def attention_work(
     found: dict[str, Work] = {}
 
     def add(group: str, flops_a_key: float, keys: float) -> None:
-        flops, num_bytes = flops_a_key * keys, 4.0 * heads_size * size
+        flops, num_bytes = flops_a_key * keys, 2.0 * widths * size
         work = Work(flops, 2 * flops, num_bytes, 2 * num_bytes)
         found[group] = found.get(group, Work()) + work
 
@@ -206,11 +216,11 @@ def attention_work(
             continue
         window = getattr(windows, layer.window)
         group = f"attention: {layer.window}, {window} back{', paired' if layer.paired else ''}"
-        keys = mean_keys(length * (2 if layer.paired else 1), window)
-        add(group, 4.0 * heads_size, keys)  # q·k and weights·v
+        keys = keys_of(length * (2 if layer.paired else 1), window)
+        add(group, 2.0 * widths, keys)  # q·k and weights·v
         if layer.dc:  # its own q·k, the heads' weights mixed, weights·v
-            keys = mean_keys(length, config.dc_window - 1)
-            add("attention: DC", 4.0 * heads_size + 2 * config.num_heads, keys)
+            keys = keys_of(length, config.dc_window - 1)
+            add("attention: DC", 2.0 * (widths + config.num_heads), keys)
     return found
 
 
@@ -255,7 +265,8 @@ def activation_numbers(config: ModelConfig | BaselineConfig) -> int:
     """
     D, F = config.model_dim, config.mlp_hidden
     # q, k, v as the product gives them; q and k turned; x, its norm, attention's output
-    attention, mlp = 8 * D, 2 * D + F  # x, its norm, and relu²
+    attention = 4 * config.num_heads * config.qk_dim + 4 * D
+    mlp = 2 * D + F  # x, its norm, and relu²
     if isinstance(config, BaselineConfig):
         return 3 * D + config.num_layers * (attention + mlp)  # embedding; last x and its norm
     # Embedding, x0, last x and its norm; bigram rows, and these with their signs.

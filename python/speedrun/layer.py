@@ -1,7 +1,7 @@
 """One layer of the GPT: skip, attention, MLP, and how they are mixed into the residual stream.
 
-Shapes: P parts of a micro-batch, T tokens a part, D model dim, H heads, K head dim, F MLP hidden.
-Streams are (P, T, D). RECIPE section 3, "Layers" and "Attention".
+Shapes: P parts of a micro-batch, T tokens a part, D model dim, H heads, K head dim of queries and
+keys, F MLP hidden. Streams are (P, T, D). RECIPE section 3, "Layers" and "Attention".
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 The model knows operators, not backends; it never asks which step, rank or layer number it is:
 layer roles come from `ModelConfig.layers`.
 
-Shapes: P parts of a micro-batch, T tokens a part, D model dim, H heads, K head dim, F MLP hidden,
-V padded vocabulary, L layers, A layers with attention, R bigram rows, N targets a position, G
-outputs of a gate network. Streams are (P, T, D).
+Shapes: P parts of a micro-batch, T tokens a part, D model dim, H heads, K head dim of queries and
+keys, F MLP hidden, V padded vocabulary, L layers, A layers with attention, R bigram rows, N targets
+a position, G outputs of a gate network. Streams are (P, T, D).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.layers = config.active_layers
-        D, K, V, L = config.model_dim, config.head_dim, config.padded_vocab_size, len(self.layers)
+        D, K, V, L = config.model_dim, config.qk_dim, config.padded_vocab_size, len(self.layers)
         wide = torch.promote_types(dtype, torch.float32)
 
         def parameter(*shape: int, start: float = 0.0, dtype: torch.dtype = dtype) -> nn.Parameter:
@@ -201,13 +201,13 @@ class GPT(nn.Module):
                 num_tokens * length,
                 getattr(windows, window),
                 dtype,
-                (config.head_dim, config.head_dim),
+                (config.qk_dim, config.head_dim),
                 None if batch.max_seqlen is None else batch.max_seqlen * length,
             )
         dc = None
         if any(spec.dc for spec in self.layers):
             dc = plan_dc_attention(batch.cu_seqlens, num_tokens, config.dc_window)
-        frequencies = rotary_frequencies(config.head_dim, config.rotary_base)
+        frequencies = rotary_frequencies(config.qk_dim, config.rotary_base)
         score_scale = config.score_scale
         for old, new in windows.yarn:
             frequencies, factor = yarn(frequencies, old, new)

@@ -49,8 +49,9 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
 NOT_TECHNIQUES: dict[str, str] = dict.fromkeys(
     (
         *("model.layers", "model.model_dim", "model.num_heads", "model.head_dim"),
-        *("model.mlp_hidden", "model.vocab_size", "model.vocab_multiple", "model.gate_hidden"),
-        *("model.dc_window", "schedule.num_steps", "schedule.stages", "schedule.stage_ends"),
+        *("model.qk_head_dim", "model.mlp_hidden", "model.vocab_size", "model.vocab_multiple"),
+        *("model.gate_hidden", "model.dc_window"),
+        *("schedule.num_steps", "schedule.stages", "schedule.stage_ends"),
         *("schedule.extension_steps", "schedule.extension", "schedule.final_windows"),
     ),
     "a size",
