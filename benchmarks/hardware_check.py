@@ -1,11 +1,13 @@
 """Everything that only a machine with a GPU can tell, in one command, and what follows from it.
 
-    python -m benchmarks.hardware_check [--minutes N] [--resume FILE] [--data DIR] [--sanitizer]
-                                        [--records DIR] [--verdicts] [STEM ...]
+    python -m benchmarks.hardware_check [--minutes N] [--jobs N] [--resume FILE] [--data DIR]
+                                        [--sanitizer] [--logs DIR] [--records DIR] [--verdicts]
+                                        [STEM ...]
 
-benchmarks/README.md lists the steps. Each runs in a process of its own with a time limit; what has
-been found is written to <records>/<gpu>.json after each. Exit code 0: nothing failed; 1: something
-did; 2: no GPU; 3: --minutes were over before the end, and --resume FILE goes on.
+benchmarks/README.md lists the steps. Each runs in a process of its own with a time limit, those
+that time nothing --jobs at once; what has been found is written to <records>/<gpu>.json after each.
+Exit code 0: nothing failed; 1: something did; 2: no GPU; 3: --minutes were over before the end, and
+--resume FILE goes on.
 
 The record: gpu, compute_capability, driver, torch, triton, commit; operators and triton_operators,
 {stem: {verdict: pass|fail|skip, error, speed, source_sha256}}; steps, {name: {verdict, error,
@@ -21,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +31,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -79,8 +83,11 @@ class Step:
 # ---- Running steps ---------------------------------------------------------------------------
 
 
-def run_step(step: Step, limit_s: float) -> dict:
-    """The step's entry: verdict, error, seconds. Survives whatever the process does."""
+def run_step(step: Step, limit_s: float, logs: Path | None = None) -> dict:
+    """The step's entry: verdict, error, seconds. Survives whatever the process does.
+
+    Its whole output goes to a file in `logs`, and the end of it into the entry of a failure.
+    """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder, log = Path(scratch), Path(scratch, "log.txt")
@@ -103,6 +110,8 @@ def run_step(step: Step, limit_s: float) -> dict:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+        if logs:
+            shutil.copy(log, logs / f"{step.name.replace(' ', '_')}.txt")
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         if code is not None and code < 0:
             error = f"killed by {signal.Signals(-code).name}"
@@ -118,26 +127,48 @@ def run_step(step: Step, limit_s: float) -> dict:
 
 
 def run_steps(
-    steps: Iterator[Step], record: dict, write: Callable[[], None], deadline: float
+    groups: Iterator[list[Step]],
+    record: dict,
+    write: Callable[[], None],
+    deadline: float,
+    jobs: int = 1,
+    logs: Path | None = None,
 ) -> bool:
-    """Runs what `record` lacks, and calls `write` after each; False: the time was over before."""
-    for step in steps:
-        known = record["steps"].get(step.name)
-        if known and known["source"] == step.source:
-            continue
+    """Runs what `record` lacks, and calls `write` after each step; False: the time was over before.
+
+    The steps of a group need nothing of each other: `jobs` of them run at once. What ran out of
+    memory beside others runs once more alone.
+    """
+
+    def run_one(step: Step) -> bool:
         left_s = deadline - time.monotonic()
         if left_s < LEAST_S:
             print(f"stopped before {step.name}: the time is over")
             return False
-        entry = run_step(step, min(step.limit_s, left_s))
+        entry = run_step(step, min(step.limit_s, left_s), logs)
         if entry["error"].startswith("no end after") and left_s < step.limit_s:
             print(f"stopped in {step.name}: the time is over")  # its own limit was not reached
             return False
         record["steps"][step.name] = entry
-        write()
-        print(
-            f"{entry['verdict']:4} {step.name} ({entry['seconds']} s) {entry['error']}", flush=True
-        )
+        seconds = entry["seconds"]
+        print(f"{entry['verdict']:4} {step.name} ({seconds} s) {entry['error']}", flush=True)
+        return True
+
+    for group in groups:
+        known = {step.name: record["steps"].get(step.name, {"source": None}) for step in group}
+        missing = [step for step in group if known[step.name]["source"] != step.source]
+        with ThreadPoolExecutor(jobs) as pool:
+            running = [pool.submit(run_one, step) for step in missing]
+            for one in as_completed(running):
+                if one.result():
+                    write()
+        if not all(one.result() for one in running):
+            return False
+        for step in missing:
+            if jobs > 1 and "out of memory" in record["steps"][step.name]["error"]:
+                if not run_one(step):
+                    return False
+                write()
     return True
 
 
@@ -156,32 +187,30 @@ def source_of(stem: str, backend: str) -> str:
     return load_script(ROOT / "pyext" / "source_hashes.py").source_hashes().get(stem, "")
 
 
-def plan(args: argparse.Namespace, stems: list[str], record: dict) -> Iterator[Step]:
-    """The list of README.md. A generator: later steps depend on what earlier ones found."""
+def plan(args: argparse.Namespace, stems: list[str], record: dict) -> Iterator[list[Step]]:
+    """The list of README.md, in groups. A generator: later ones depend on what is found before."""
     sources = {(stem, b): source_of(stem, b) for stem in stems for b in TABLES}
     pairs = [(stem, backend) for (stem, backend), source in sources.items() if source]
     if args.device == "cuda":
-        yield build_step()
+        yield [build_step()]
         if record["steps"]["build"]["verdict"] == "fail":  # a library that lies about is no proof
             pairs = [(stem, backend) for stem, backend in pairs if backend != "cuda"]
-        for stem, backend in pairs:
-            yield test_step(stem, backend, sources[stem, backend])
-        everything = ["-m", "gpu or sm90", "tests", "--ignore=tests/ops"]
-        yield Step("test rest", pytest(everything), LIMITS_S["test"], record["commit"], **NO_TESTS)
+        tests = [test_step(stem, backend, sources[stem, backend]) for stem, backend in pairs]
+        tests.append(rest_step(record["commit"]))
     else:
-        pairs = [(stem, "torch") for stem in stems]
-    for stem, backend in pairs:
-        yield check_step(args, stem, backend, sources.get((stem, backend), ""))
+        tests, pairs = [], [(stem, "torch") for stem in stems]
+    checks = [check_step(args, stem, b, sources.get((stem, b), "")) for stem, b in pairs]
+    yield [*tests, *checks]
     for stem in stems:
         passed = [b for s, b in pairs if s == stem and verdict_of(record, stem, b)[0] == "pass"]
         source = " ".join(sources.get((stem, b), "")[:16] for b in passed)
         if passed:
-            yield bench_step(args, stem, passed, source)
+            yield [bench_step(args, stem, passed, source)]
             if record["steps"][f"bench {stem}"]["verdict"] == "fail":  # a peer's fault, or ours?
-                yield bench_step(args, stem, passed, source, peers=False)
-    yield train_step(args, record["commit"])
+                yield [bench_step(args, stem, passed, source, peers=False)]
+    yield [train_step(args, record["commit"])]
     if args.sanitizer:
-        yield from sanitizer_steps(args, stems)
+        yield list(sanitizer_steps(args, stems))
 
 
 def python(*arguments: object) -> list[str]:
@@ -189,7 +218,7 @@ def python(*arguments: object) -> list[str]:
 
 
 def pytest(arguments: list[str]) -> list[str]:
-    return python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
+    return python("-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", *arguments)
 
 
 def build_step() -> Step:
@@ -215,6 +244,13 @@ def test_step(stem: str, backend: str, source: str) -> Step:
     chosen = ["-k", backend] if backend == "triton" else ["-m", "gpu or sm90"]
     command = pytest([f"tests/ops/test_{stem}.py", *chosen])
     return Step(f"test {stem} {backend}", command, LIMITS_S["test"], source, **NO_TESTS)
+
+
+def rest_step(commit: str) -> Step:
+    """The GPU tests of everything that is no operator with kernels of its own."""
+    operators = [f"--ignore=tests/ops/test_{stem}.py" for stem in STEMS]
+    command = pytest(["-m", "gpu or sm90", "tests", *operators])
+    return Step("test rest", command, LIMITS_S["test"], commit, **NO_TESTS)
 
 
 def benchmark_command(args: argparse.Namespace, stem: str, backends: list[str]) -> list[str]:
@@ -461,6 +497,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stems", nargs="*", metavar="STEM", help=f"of {', '.join(STEMS)}")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop before they are over")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="tests and checks at once (1)"
+    )
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep each step's whole output")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="a record to go on with")
     parser.add_argument("--data", type=Path, metavar="DIR", help="token shards for the training")
     parser.add_argument("--modded-nanogpt", type=Path, metavar="FOLDER", help="a peer's kernels")
@@ -493,7 +533,10 @@ def main() -> int:
         update_operators(record, stems)
         write_json(path, record)
 
-    done = run_steps(plan(args, stems, record), record, write, start + args.minutes * 60)
+    if args.logs:
+        args.logs.mkdir(parents=True, exist_ok=True)
+    deadline = start + args.minutes * 60
+    done = run_steps(plan(args, stems, record), record, write, deadline, args.jobs, args.logs)
     write()
     write_conclusions(records, verdicts)
     failed = [name for name, entry in record["steps"].items() if entry["verdict"] == "fail"]

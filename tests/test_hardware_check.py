@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -30,11 +31,14 @@ def a_record(**fields):
     return {**record, "operators": {}, "triton_operators": {}, **fields}
 
 
-def run_all(steps, record=None, minutes=math.inf):
+def run_all(steps, record=None, minutes=math.inf, **options):
+    """Each step of `steps`, or each list of steps, is a group."""
     record = record or a_record()
+    groups = (step if isinstance(step, list) else [step] for step in steps)
     written = []
     deadline = time.monotonic() + minutes * 60
-    done = run_steps(iter(steps), record, lambda: written.append(len(record["steps"])), deadline)
+    write = lambda: written.append(len(record["steps"]))  # noqa: E731
+    done = run_steps(groups, record, write, deadline, **options)
     return done, record["steps"], written
 
 
@@ -83,6 +87,40 @@ def test_stops_when_the_time_is_over_and_goes_on_later():
     assert not run_all([first], minutes=0)[0]
 
 
+def test_steps_of_a_group_run_at_once(tmp_path):
+    """Each waits for the other's file; what comes after the group finds both."""
+    code = """
+        import pathlib, sys, time
+        pathlib.Path(sys.argv[1]).touch()
+        while not pathlib.Path(sys.argv[2]).exists():
+            time.sleep(0.01)
+    """
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    group = [Step(f"step {i}", [*command, files[i], files[1 - i]], 30) for i in range(2)]
+    assert run_all([group, script("last", "pass")], jobs=2)[2] == [1, 2, 3]
+    assert not run_all([group], minutes=0, jobs=2)[0]
+
+
+def test_what_ran_out_of_memory_beside_others_runs_again_alone(tmp_path):
+    code = """
+        import pathlib, sys
+        path = pathlib.Path(sys.argv[1])
+        if not path.exists():
+            path.touch()
+            raise RuntimeError("CUDA out of memory")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    steps = [Step(name, [*command, str(tmp_path / name)], 30) for name in ("a", "b")]
+    assert run_all([[steps[0]]], jobs=2)[1]["a"]["verdict"] == "pass"
+    assert run_all([[steps[1]]], jobs=1)[1]["b"]["verdict"] == "fail"  # it was alone
+
+
+def test_logs_are_kept(tmp_path):
+    run_all([script("a step", "print('x\\n' * 50)")], logs=tmp_path)
+    assert (tmp_path / "a_step.txt").read_text().count("x") == 50
+
+
 def test_steps_of_other_sources_are_done_again():
     record = a_record()
     run_all([script("s", "raise SystemExit(1)", source="old")], record)
@@ -108,10 +146,11 @@ def plan_names(monkeypatch, record, failing=("bench abc", "check transpose cuda"
     args = {"device": "cuda", "data": None, "modded_nanogpt": None, "sanitizer": False, **fields}
     stems = hardware_check.in_order(["transpose", "abc", "fp8_matmul"])
     names = []
-    for step in hardware_check.plan(argparse.Namespace(**args), stems, record):
-        names.append(step.name)
-        verdict = "fail" if step.name in failing else "pass"
-        record["steps"][step.name] = {"verdict": verdict, "error": "e", "source": step.source}
+    for group in hardware_check.plan(argparse.Namespace(**args), stems, record):
+        for step in group:
+            names.append(step.name)
+            verdict = "fail" if step.name in failing else "pass"
+            record["steps"][step.name] = {"verdict": verdict, "error": "e", "source": step.source}
     return names
 
 
