@@ -16,9 +16,16 @@ def is_aligned(x: Tensor) -> bool:
     return start % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a CPU the one that Triton's interpreter stands in for."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def is_hopper(device: torch.device) -> bool:
+    """A CPU counts as one: it is what Triton's interpreter stands in for."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
-compute_capability._dynamo_marked_constant = True  # as in _dispatch
+def has_e4m3(device: torch.device) -> bool:
+    """Whether Triton compiles e4m3 for it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+# As in _dispatch. They return booleans: torch 2.11 can't compare a tuple that came so.
+is_hopper._dynamo_marked_constant = True
+has_e4m3._dynamo_marked_constant = True

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops._dispatch import choose
-from speedrun.ops._hopper import compute_capability, is_aligned
+from speedrun.ops._hopper import has_e4m3, is_aligned, is_hopper
 from speedrun.ops._library import define
 from speedrun.reference import fp8_matmul as reference
 
@@ -36,7 +36,6 @@ _CUDA_KERNELS = {
     "relu2": {(E4M3, E4M3, E4M3): True},
     "drelu2": {(E5M2, E4M3, BF16): False, (E5M2, E4M3, E5M2): False},
 }
-_TRITON_SINCE = (8, 9)  # compute capability: Triton compiles no e4m3 before
 
 
 def fp8_matmul(
@@ -167,8 +166,7 @@ def _choose(
 ) -> str:
     """The backend; `cuda_kernel`: what would serve the call, if compiled for its types."""
     only_fast = _CUDA_KERNELS[epilogue].get((a.dtype, b.dtype, out_dtype))
-    capability = compute_capability(a.device)
-    compiled = only_fast is not None and (fast_accum or not only_fast) and capability == (9, 0)
+    compiled = only_fast is not None and (fast_accum or not only_fast) and is_hopper(a.device)
     # TMA: addresses, and strides and row lengths in bytes, are multiples of 16.
     rows = (a.shape[-2] if transposed else 0, b.shape[-2])
     aligned = all(is_aligned(x) for x in (a, b, *others)) and a.shape[-1] > 0
@@ -177,7 +175,7 @@ def _choose(
         "fp8_matmul",
         a.device,
         cuda_kernel=cuda_kernel if compiled and aligned else "",
-        triton=capability >= _TRITON_SINCE,
+        triton=has_e4m3(a.device),
     )
 
 

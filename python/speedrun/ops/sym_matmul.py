@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops._dispatch import choose
-from speedrun.ops._hopper import compute_capability, is_aligned
+from speedrun.ops._hopper import is_aligned, is_hopper
 from speedrun.ops._library import define
 from speedrun.reference import sym_matmul as reference
 
@@ -57,7 +57,7 @@ def sym_matmul(
     a, b, c, out_3d = (x if x is None or x.dim() == 3 else x[None] for x in (a, b, c, out))
     b = a if b is None else b
     has_kernels = a.dtype in KERNEL_DTYPES
-    compiled = has_kernels and compute_capability(a.device) == (9, 0) and a.numel() > 0
+    compiled = has_kernels and is_hopper(a.device) and a.numel() > 0
     compiled = compiled and all(is_aligned(x) for x in (a, b, c, out_3d) if x is not None)
     kernel = "sym_matmul_out" if compiled else ""
     backend = choose("sym_matmul", a.device, cuda_kernel=kernel, triton=has_kernels)
