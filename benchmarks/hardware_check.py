@@ -222,18 +222,23 @@ def pytest(arguments: list[str]) -> list[str]:
 
 
 def build_step() -> Step:
-    """Builds and installs _C into the package's folder, if it is not what the sources say."""
-    code = """
-        import pathlib, shutil, speedrun
-        from benchmarks import hardware_check, static_check
+    """Builds and installs _C into the package's folder, unless it is what the sources say."""
+    check = """
+        from benchmarks import static_check
         from speedrun.ops import _dispatch
-        built = static_check.build("_C", "_host")
-        for file in built.glob("_[Ch]*.so"):
-            shutil.copy2(file, pathlib.Path(speedrun.__file__).parent / file.name)
-        problem = _dispatch.library_problem()
-        assert not problem, problem
         hashes = static_check.load_script(static_check.ROOT / "pyext" / "source_hashes.py")
-        assert _dispatch._built_sources() == hashes.source_hashes()
+        assert not _dispatch.library_problem(), _dispatch.library_problem()
+        assert _dispatch._built_sources() == hashes.source_hashes(), "built from other sources"
+    """
+    code = f"""
+        import pathlib, shutil, subprocess, sys, speedrun
+        from benchmarks import static_check
+        check = [sys.executable, "-c", {textwrap.dedent(check)!r}]
+        if subprocess.run(check, stderr=subprocess.DEVNULL).returncode:
+            built = static_check.build("_C", "_host")
+            for file in built.glob("_[Ch]*.so"):
+                shutil.copy2(file, pathlib.Path(speedrun.__file__).parent / file.name)
+            sys.exit(subprocess.run(check).returncode)
     """
     source = json.dumps(load_script(ROOT / "pyext" / "source_hashes.py").source_hashes())
     return Step("build", python("-c", textwrap.dedent(code)), LIMITS_S["build"], source)
