@@ -94,7 +94,8 @@ def main() -> int:
     config = recipes.load(args.recipe)
     changes = [f"schedule.val_interval={config.schedule.total_steps}", *args.set]
     if config.data.val_tokens is not None:
-        changes.insert(0, f"data.val_tokens={NUM_PARTS * config.data.val_tokens_per_part}")
+        at_most = NUM_PARTS * config.data.val_tokens_per_part  # of --data, which may hold few
+        changes[:0] = ["data.val_tokens=None", f"data.val_tokens_at_most={at_most}"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data
         if folder is None:
