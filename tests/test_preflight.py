@@ -119,7 +119,7 @@ def test_bytes_of_a_checkpoint(look):
     """What a run changes, and a gradient of each weight."""
     config, *_ = look()
     model = program.build_model(config, program.Run(Comms(), CPU, torch.float32), seed=0)
-    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.buffers)
+    optimizer = Optimizer(model.named_parameters(), config.optim, Comms(), model.named_buffers)
     size = sum(t.nbytes for t in optimizer.snapshot()) + sum(p.nbytes for p in model.parameters())
     assert checks.checkpoint_bytes(config, Precision(torch.float32, False)) == size
 
