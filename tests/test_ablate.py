@@ -14,6 +14,7 @@ from speedrun import recipes
 from speedrun.commands import ablate
 from speedrun.commands.ablate import ALL_ON, Result, Run, compare, format_table
 from speedrun.config import (
+    AttentionConfig,
     BaselineConfig,
     ConfigError,
     HeadConfig,
@@ -29,6 +30,7 @@ from train_helpers import small_config, start_training, tiny_sets, train, write_
 RECORD = dict(precision="recipe", tokenizer="gpt2")
 SECTIONS = {
     "model": ModelConfig,
+    "model.attention": AttentionConfig,
     "model.mlp": MLPConfig,
     "model.head": HeadConfig,
     "schedule": ScheduleConfig,
@@ -51,9 +53,15 @@ def test_every_setting_is_a_technique_or_says_why_not():
     assert {key.removesuffix(".*") for key in NOT_TECHNIQUES} <= keys  # none that is no setting
 
 
-def test_record_089_has_every_technique_and_can_lack_each():
+def record_with_all(**model):
+    """record_089, and what came after it."""
     config = recipes.load("record_089")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50_257))
+    model = {"attention": AttentionConfig(qkv="fp8", out="fp8")} | model
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def test_every_technique_is_used_and_can_be_left_out():
+    config = record_with_all(vocab_size=50_257)
     found = in_use(config, **RECORD)
     assert list(found) == list(TECHNIQUES)
     for name, without in found.items():
@@ -63,11 +71,12 @@ def test_record_089_has_every_technique_and_can_lack_each():
     assert found["untie"].schedule.untie_frac == 1
     assert (found["bigram"].model.bigram_rows, found["bigram"].model.sign_rows) == (0, 0)
     assert not found["fp8_mlp"].model.mlp.uses_fp8 and found["fp8_mlp"].model.head.fp8
+    assert not found["fp8_projections"].model.attention.uses_fp8
 
 
 def missing(**changes):
-    """Techniques of record_089 that are not in use after a change."""
-    config = recipes.load("record_089")
+    """Techniques that are not in use after a change."""
+    config = record_with_all()
     for section in ("model", "schedule", "optim"):
         values = changes.pop(section, {})
         part = dataclasses.replace(getattr(config, section), **values)
@@ -78,8 +87,12 @@ def missing(**changes):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        (dict(precision="bf16"), {"fp8_head", "fp8_mlp"}),
-        (dict(precision="float32"), {"fp8_head", "fp8_mlp", "exact_weights"}),
+        (dict(precision="bf16"), {"fp8_head", "fp8_mlp", "fp8_projections"}),
+        (
+            dict(precision="float32"),
+            {"fp8_head", "fp8_mlp", "fp8_projections", "exact_weights"},
+        ),
+        (dict(model=dict(attention=AttentionConfig(dx="bf16"))), {"fp8_projections"}),
         (dict(tokenizer="bytes"), {"prefix_loss"}),
         (dict(schedule=dict(prefix_loss=False)), {"prefix_loss"}),
         (dict(schedule=dict(window_warmup=False)), {"window_warmup", "yarn"}),

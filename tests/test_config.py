@@ -8,6 +8,7 @@ import pytest
 from speedrun import recipes
 from speedrun.config import (
     AdamRow,
+    AttentionConfig,
     ConfigError,
     LayerSpec,
     MLPConfig,
@@ -53,6 +54,7 @@ def read(config, path):
         ("precision", "recipe", "recipe"),
         ("precision", "bf16", "bf16"),
         ("model.mlp.dx", "fp8", "fp8"),
+        ("model.attention.qkv", "fp8", "fp8"),
         ("model.mlp.x_scale", "static", "static"),
         ("target_loss", "3.5", 3.5),
         ("target_loss", "gzip", "gzip"),
@@ -116,6 +118,7 @@ def test_later_overrides_win_and_others_stay():
         ("data.val_tokens=all", "expected none or a whole number"),
         ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
         ("model.mlp.up=fp16", "expected one of bf16, fp8"),
+        ("model.attention.out=fp16", "expected one of bf16, fp8"),
         ("optim.matrix_rule=adam", "expected one of normuon, muon, adamw"),
         ("optim.vector_rule=muon", "expected one of adam, adamw"),
         ("optim.weight_rounding=up", "expected one of truncate, nearest"),
@@ -230,10 +233,13 @@ def test_impossible_values(override, words):
 def test_impossible_gemms():
     """A recipe is Python: nothing reads its values before the check."""
     mlp = MLPConfig(dx="fp16", post="float32", x_scale="fp8")
-    config = dataclasses.replace(small_config().model, mlp=mlp)
+    attention = AttentionConfig(out="fp4", x_scale="delayed")
+    config = dataclasses.replace(small_config().model, mlp=mlp, attention=attention)
     with pytest.raises(ConfigError) as error:
         check(small_config(model=config))
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "model.attention.out=fp4: must be bf16 or fp8",
+        "model.attention.x_scale=delayed: must be current or static",
         "model.mlp.dx=fp16: must be bf16 or fp8",
         "model.mlp.post=float32: must be bf16 or fp8",
         "model.mlp.x_scale=fp8: must be current or static",

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from speedrun import estimate, recipes
 from speedrun.batch import LossWeights
 from speedrun.commands.explain import explain
-from speedrun.config import BaselineConfig, LayerSpec, Windows
+from speedrun.config import AttentionConfig, BaselineConfig, LayerSpec, Windows
 from speedrun.estimate import Precision, Work
 from speedrun.model import GPT
 from speedrun.ops.attention import plan_attention
@@ -176,6 +176,15 @@ def test_types_of_the_products():
     assert (recipe["head"], recipe["attention: QKV"]) == ((1, 1, 1), (2, 2, 2))
     assert set(sizes(BF16).values()) == {(2, 2, 2)}
     assert set(sizes(FLOAT32).values()) == {(4, 4, 4)}
+    attention = AttentionConfig(qkv="fp8")
+    model = estimate.meta_model(small_record(attention=attention), RECIPE)
+    assert sizes(RECIPE)["attention: QKV"] == (1, 1, 2)
+    assert sizes(RECIPE)["attention: output"] == (2, 2, 2)
+    model = estimate.meta_model(
+        small_record(attention=AttentionConfig(out="fp8", dx="bf16")), RECIPE
+    )
+    assert sizes(RECIPE)["attention: output"] == (1, 2, 2)
+    assert set(sizes(BF16).values()) == {(2, 2, 2)}
 
 
 def test_rows_of_tables_by_hand():
@@ -254,6 +263,14 @@ def test_memory_by_hand():
         "activations": 2 * num_tokens * numbers,
         "logits": (2 + 1) * num_tokens * 32,
     }
+    for switches, copies in (
+        (dict(qkv="fp8", out="fp8"), 2 * attention),  # row by row and transposed
+        (dict(qkv="fp8", dx="bf16"), 3 * attention // 4),
+        (dict(out="fp8", dx="bf16"), attention // 4),
+    ):
+        changed = dataclasses.replace(config.model, attention=AttentionConfig(**switches))
+        fp8 = estimate.fp8_copies_bytes(estimate.meta_model(changed, RECIPE), RECIPE)
+        assert fp8 == memory["FP8 weights"] + copies
     two = estimate.memory_bytes(config, model, RECIPE, world_size=2)
     # Two matrices of four on each rank, half of the head's rows; the bigram table is small: whole.
     assert two["optimizer state"] == normuon // 2 + 4 * (2 * head) + 8 * bigram + 3 * 8

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "recipes": {"config", "recipes"},
     "model": {"ops", "config", "batch", "layer", "gates", "fp8_state"},
     "baseline_model": {"ops", "config", "batch"},
-    "layer": {"ops", "config", "gates"},
+    "layer": {"ops", "config", "gates", "fp8_state"},
     "batch": {"ops"},
     "gates": {"config"},
     "fp8_state": {"ops", "config"},

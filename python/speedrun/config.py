@@ -121,6 +121,23 @@ class MLPConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Precision of attention's projections in training, where `precision` is "recipe".
+
+    Off by default, as in record_089. Gradients of the weights are always made of bf16.
+    """
+
+    qkv: Literal["bf16", "fp8"] = "bf16"  # operands of the product for Q, K and V
+    out: Literal["bf16", "fp8"] = "bf16"  # and for attention's output
+    dx: Literal["bf16", "fp8"] = "fp8"  # for the inputs' gradients of those that are fp8
+    x_scale: Literal["current", "static"] = "static"  # of QKV's input: its own amax, or √D/448
+
+    @property
+    def uses_fp8(self) -> bool:
+        return "fp8" in (self.qkv, self.out)
+
+
+@dataclass(frozen=True)
 class HeadConfig:
     """Numerics of the head in training. The largest values are what FP8's scales are made for."""
 
@@ -180,6 +197,7 @@ class ModelConfig:
     softcap_b: float = 5.0
     softcap_c: float = 7.5
     embed_std: float = 0.005  # embed and lm_head start as the same N(0, embed_std^2)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
 

@@ -159,10 +159,12 @@ def _check_gpt(model: ModelConfig, require: Callable, require_positive: Callable
         model.model_dim,
         f"must be num_heads * head_dim = {model.num_heads * model.head_dim}",
     )
-    for f in dataclasses.fields(model.mlp):
-        value = getattr(model.mlp, f.name)
-        allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
-        require(value in allowed, f"model.mlp.{f.name}", value, f"must be {' or '.join(allowed)}")
+    for section in ("attention", "mlp"):
+        values = getattr(model, section)
+        for f in dataclasses.fields(values):
+            value, key = getattr(values, f.name), f"model.{section}.{f.name}"
+            allowed = ("current", "static") if f.name == "x_scale" else ("bf16", "fp8")
+            require(value in allowed, key, value, f"must be {' or '.join(allowed)}")
     gate_kinds = ("network", "constant", "none")
     require(
         model.gates in gate_kinds, "model.gates", model.gates, f"must be {' or '.join(gate_kinds)}"

@@ -144,14 +144,18 @@ def gemms(model: nn.Module, precision: Precision) -> list[Gemm]:
 
     if isinstance(config, BaselineConfig):
         L = A = config.num_layers
-        up = down = head = plain
+        qkv = out = up = down = head = plain
     else:
         L, A, mlp = len(config.layers), config.num_attentions, config.mlp
+        qkv, out = (
+            operands(kind, kind if kind == "bf16" else config.attention.dx, "bf16")
+            for kind in (config.attention.qkv, config.attention.out)
+        )
         up, down = operands(mlp.up, mlp.dx, mlp.dup), operands(mlp.down, mlp.dpre, mlp.ddown)
         head = operands(*["fp8" if config.head.fp8 else "bf16"] * 3)
     found = [
-        Gemm("attention: QKV", A, D, 2 * config.num_heads * config.qk_dim + D, *plain),
-        Gemm("attention: output", A, D, D, *plain),
+        Gemm("attention: QKV", A, D, 2 * config.num_heads * config.qk_dim + D, *qkv),
+        Gemm("attention: output", A, D, D, *out),
         Gemm("MLP: up", L, D, F, *up),
         Gemm("MLP: down", L, F, D, *down),
         Gemm("head", 1, D, V, *head),
@@ -295,15 +299,20 @@ def head_bytes(config: ModelConfig | BaselineConfig, num_tokens: int, precision:
 
 
 def fp8_copies_bytes(model: nn.Module, precision: Precision) -> int:
-    """The FP8 weights beside the parameters: those of the MLP, and the head's in two layouts."""
+    """The FP8 weights beside the parameters: those of projections and MLP, and the head's in two
+    layouts."""
     config = model.config
     if not precision.fp8:
         return 0
+    half_vo = model.vo_bank.numel() // 2
+    projections = (model.qk_bank.numel() + half_vo) * (config.attention.qkv == "fp8")
+    projections += half_vo * (config.attention.out == "fp8")
+    projections *= 1 + (config.attention.dx == "fp8")
     copies, mlp = 0.0, config.mlp
     if mlp.uses_fp8:  # of one half of the bank each: up, its transpose, down's transpose, down
         copies = 0.5 * (2 + (mlp.dx == "fp8") + (mlp.dpre == "fp8"))
     head = 2 * model.lm_head.numel() if config.head.fp8 else 0
-    return FP8_BYTES * (int(copies * model.mlp_bank.numel()) + head)
+    return FP8_BYTES * (projections + int(copies * model.mlp_bank.numel()) + head)
 
 
 def memory_bytes(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from speedrun.config import HeadConfig, MLPConfig
-from speedrun.ops.fp8_quantize import MlpWeights, delayed_scale, refresh_mlp_weights
+from speedrun.config import AttentionConfig, HeadConfig, MLPConfig
+from speedrun.ops.fp8_linear import Fp8Weight
+from speedrun.ops.fp8_quantize import (
+    MlpWeights,
+    delayed_scale,
+    fp8_quantize_current,
+    refresh_mlp_weights,
+)
 from speedrun.ops.head_loss import Fp8Head, quantize_head
 from speedrun.ops.relu2_mlp import Fp8Layer, Gemms
 
-_Weights = TypeVar("_Weights", MlpWeights, Fp8Head)
+_Weights = TypeVar("_Weights", MlpWeights, Fp8Head, dict[str, Fp8Weight])
 
 
 class Fp8MLPState(nn.Module):
@@ -57,29 +64,101 @@ class Fp8MLPState(nn.Module):
         self.post_scale_L = delayed_scale(torch.stack([layer.post_amax for layer in layers]))
 
 
-class Fp8HeadState:
-    """FP8 copies of the head's weight. Its scales are constants, so nothing else is kept.
+@dataclass
+class Fp8Projections:
+    """One attention's projections in one forward pass. None: a projection is bf16."""
 
-    They are as new as the weight's version counter says: PyTorch raises it at each change in
-    place, and `Optimizer` where it goes around autograd. What else writes through `.data` must
-    call `torch.autograd.graph.increment_version`.
+    qkv: Fp8Weight | None  # (2·H·K + D, D): Q, K, V
+    out: Fp8Weight | None  # (D, D)
+    static_x: bool  # QKV's input by the scale that fits every normed row
+    y_scale: Tensor  # float32 (), of the output's input: foretold by the forward pass before
+    y_amax: Tensor | None = None  # set in the forward pass: the largest of that input, ()
+
+
+class Fp8AttentionState(nn.Module):
+    """FP8 weights of every attention's projections, and the scales of attention's outputs.
+
+    QKV has one scale for all its weights, and so has the output: FP8 numbers are as precise at any
+    scale, and the matrices' sizes are far less than e4m3's 2^15 apart. Each bank is quantised in
+    one launch, when the weights have changed: see `_version`. `y_scale_A` belongs to one rank, as
+    `Fp8MLPState.post_scale_L` does.
     """
+
+    def __init__(self, num_attentions: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("y_scale_A", torch.ones(num_attentions))
+        self.weights: dict[str, Fp8Weight] | None = None  # of all layers, by the field's name
+        self.source: tuple[tuple[int, int], ...] | None = None
+
+    @torch.no_grad()
+    def refresh(self, qk_bank: Tensor, vo_bank: Tensor) -> None:
+        """Quantise the weights if they have changed; once a step, before its first micro-batch."""
+        source = _version(qk_bank, vo_bank)
+        if source == self.source:
+            return
+        banks, (v_bank, o_bank) = {}, vo_bank.unflatten(0, (-1, 2)).unbind(1)
+        if self.config.qkv == "fp8":
+            banks["qkv"] = torch.cat([qk_bank.view(len(v_bank), -1, qk_bank.shape[-1]), v_bank], 1)
+        if self.config.out == "fp8":
+            banks["out"] = o_bank
+        transposed = self.config.dx == "fp8"
+        self.weights = {
+            name: Fp8Weight(*fp8_quantize_current(bank, transposed=transposed))
+            for name, bank in banks.items()
+        }
+        self.source = source
+
+    def layers(self) -> list[Fp8Projections]:
+        """What the layers with attention take, one after the other, in one forward pass."""
+        weights = _existing(self.weights)
+
+        def of_layer(name: str, i: int) -> Fp8Weight | None:
+            if name not in weights:
+                return None
+            f8, f8_t, scale = weights[name]
+            return Fp8Weight(f8[i], None if f8_t is None else f8_t[i], scale)
+
+        static = self.config.x_scale == "static"
+        return [
+            Fp8Projections(of_layer("qkv", i), of_layer("out", i), static, y_scale)
+            for i, y_scale in enumerate(self.y_scale_A)
+        ]
+
+    def update(self, layers: list[Fp8Projections]) -> None:
+        """After a forward pass: the next one's scales, in new tensors: backward reads these."""
+        if self.config.out == "fp8":
+            self.y_scale_A = delayed_scale(torch.stack([layer.y_amax for layer in layers]))
+
+
+class Fp8HeadState:
+    """FP8 copies of the head's weight, as new as its `_version`. Its scales are constants, so
+    nothing else is kept."""
 
     def __init__(self, config: HeadConfig) -> None:
         self.amax = {name: getattr(config, name) for name in ("x_amax", "w_amax", "grad_amax")}
         self.weights: Fp8Head | None = None
-        self.source: tuple[int, int] | None = None  # address and version of what was quantised
+        self.source: tuple[tuple[int, int], ...] | None = None
 
     @torch.no_grad()
     def refresh(self, lm_head: Tensor) -> None:
         """Quantise the weight if it has changed; once a step, before its first micro-batch."""
-        source = (lm_head.data_ptr(), lm_head._version)
+        source = _version(lm_head)
         if source != self.source:
             self.weights, self.source = quantize_head(lm_head, **self.amax), source
 
     def current(self) -> Fp8Head:
         """What `head_loss` takes."""
         return _existing(self.weights)
+
+
+def _version(*parameters: Tensor) -> tuple[tuple[int, int], ...]:
+    """Address and version counter of each: equal only if nothing has changed.
+
+    PyTorch raises the counter at each change in place, and `Optimizer` where it goes around
+    autograd. What else writes through `.data` must call `torch.autograd.graph.increment_version`.
+    """
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
 
 
 def _existing(weights: _Weights | None) -> _Weights:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from speedrun.config import LayerSpec, ModelConfig
+from speedrun.fp8_state import Fp8Projections
 from speedrun.gates import Gates, MuddLayer
 from speedrun.ops.attention import AttentionPlan, attention
-from speedrun.ops.attention_epilogue import attention_epilogue
+from speedrun.ops.attention_epilogue import attention_epilogue, attention_epilogue_fp8
 from speedrun.ops.dc_attention import DcPlan, dc_attention
+from speedrun.ops.fp8_linear import fp8_linear, quantize_normed
+from speedrun.ops.fp8_quantize import fp8_quantize
 from speedrun.ops.qk_norm_rope import pair_heads, qk_norm_rope, unpair_heads
 from speedrun.ops.relu2_mlp import Fp8Layer, relu2_mlp
 from speedrun.ops.residual_mix import residual_mix, residual_mix_norm
@@ -63,6 +66,13 @@ class LayerWeights(NamedTuple):
     p_mlp: Tensor | float
 
 
+class LayerFp8(NamedTuple):
+    """What one layer has in FP8 in this forward pass. None: nothing of it."""
+
+    attention: Fp8Projections | None
+    mlp: Fp8Layer | None
+
+
 def reads_norm(config: ModelConfig, spec: LayerSpec) -> bool:
     """Whether a layer reads norm(x) of x as it comes: not behind its own skip, nor a saved x's."""
     skips = spec.skip and config.gates != "none"
@@ -78,7 +88,7 @@ def layer_forward(
     mudd: MuddLayer | None,
     weights: LayerWeights,
     plan: BatchPlan,
-    fp8: Fp8Layer | None,
+    fp8: LayerFp8,
     wants_norm: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """x behind one layer: skip, attention, MLP; and norm(x) for the next one, if it wants that.
@@ -92,10 +102,10 @@ def layer_forward(
         if spec.shared_input:
             h = streams.saved_normed
         extra_v, v_gate = value_terms(config, h, x, streams, weights.ve_gate, mudd)
-        a = attend(config, spec, h, extra_v, v_gate, gates, weights, plan)
+        a = attend(config, spec, h, extra_v, v_gate, gates, weights, plan, fp8.attention)
         x, h = mix_attention(x, a, streams, gates, weights, mudd)
     r, p = (weights.r_mlp, weights.p_mlp) if mudd is None else (mudd.r_mlp, mudd.p_mlp)
-    terms = [(r, x), (p, relu2_mlp(h, weights.up_FD, weights.down_FD, fp8))]
+    terms = [(r, x), (p, relu2_mlp(h, weights.up_FD, weights.down_FD, fp8.mlp))]
     return residual_mix_norm(terms)[:2] if wants_norm else (residual_mix(terms), None)
 
 
@@ -155,11 +165,12 @@ def attend(
     gates: Gates,
     weights: LayerWeights,
     plan: BatchPlan,
+    fp8: Fp8Projections | None,
 ) -> Tensor:
     """Attention of one layer over its normed input h."""
     w_v, w_o = weights.vo
     w_qkv = torch.cat([weights.qk.flatten(0, 1), w_v])
-    qkv = h @ scaled(weights.lambda_qkv, w_qkv).T
+    qkv = project_in(h, w_qkv, weights.lambda_qkv, fp8)
     offset_keys = config.key_offset and spec.window == "long"
     q, k, v = (
         t.flatten(0, 1)
@@ -186,8 +197,42 @@ def attend(
     if spec.dc:
         w1_TH, w2_TH = by_token(gates.dc1), by_token(gates.dc2)
         y = y + dc_attention(q, k, v, w1_TH, w2_TH, plan.dc, plan.score_scale)
-    y = attention_epilogue(y, v, by_token(gates.xsa), by_token(gates.attention))
-    return y.flatten(1).unflatten(0, h.shape[:2]) @ scaled(weights.lambda_o, w_o).T
+    xsa, gate = by_token(gates.xsa), by_token(gates.attention)
+    return project_out(y, v, xsa, gate, w_o, weights.lambda_o, fp8).unflatten(0, h.shape[:2])
+
+
+def project_in(
+    h: Tensor, w_qkv: Tensor, factor: Tensor | None, fp8: Fp8Projections | None
+) -> Tensor:
+    """(P, T, 2·H·K + D) of h (P, T, D) and the weights of Q, K and V times `factor`."""
+    weight = scaled(factor, w_qkv)
+    if fp8 is None or fp8.qkv is None:
+        return h @ weight.T
+    x_TD = h.flatten(0, 1)
+    qkv = fp8_linear(x_TD, weight, *quantize_normed(x_TD, fp8.static_x), fp8.qkv.times(factor))
+    return qkv.unflatten(0, h.shape[:2])
+
+
+def project_out(
+    y: Tensor,
+    v: Tensor,
+    xsa: Tensor | None,
+    gate: Tensor | None,
+    w_o: Tensor,
+    factor: Tensor | None,
+    fp8: Fp8Projections | None,
+) -> Tensor:
+    """(P*T, D) of attention's y (P*T, H, E): XSA, gate, and the output weights times `factor`."""
+    weight = scaled(factor, w_o)
+    if fp8 is None or fp8.out is None:
+        return attention_epilogue(y, v, xsa, gate).flatten(1) @ weight.T
+    if xsa is None and gate is None:  # nothing to compute: y isn't written again
+        y_TD = y.flatten(1)
+        y_f8, _, fp8.y_amax = fp8_quantize(y_TD, fp8.y_scale, amax=True)
+    else:
+        y, y_f8, fp8.y_amax = attention_epilogue_fp8(y, v, fp8.y_scale, xsa, gate)
+        y_TD, y_f8 = y.flatten(1), y_f8.flatten(1)
+    return fp8_linear(y_TD, weight, y_f8, fp8.y_scale, fp8.out.times(factor))
 
 
 def scaled(factor: Tensor | None, weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from speedrun.batch import (
     shifted_targets,
 )
 from speedrun.config import LayerSpec, ModelConfig, Windows
-from speedrun.fp8_state import Fp8HeadState, Fp8MLPState
+from speedrun.fp8_state import Fp8AttentionState, Fp8HeadState, Fp8MLPState
 from speedrun.gates import (
     NO_GATES,
     OUTPUT_SCALE,
@@ -42,6 +42,7 @@ from speedrun.gates import (
 from speedrun.layer import (
     VE_GATE_COLUMNS,
     BatchPlan,
+    LayerFp8,
     LayerWeights,
     Streams,
     layer_forward,
@@ -131,6 +132,9 @@ class GPT(nn.Module):
                 setattr(self, f"{name}_W2", parameter(len(starts), config.gate_hidden))
 
         self.layer_functions: dict[LayerSpec, Callable] = {}  # compiled ones, by kind of layer
+        self.fp8_attention: Fp8AttentionState | None = None
+        if fp8 and config.attention.uses_fp8 and config.num_attentions:
+            self.fp8_attention = Fp8AttentionState(config.num_attentions, config.attention)
         self.fp8_mlp: Fp8MLPState | None = None
         if fp8 and config.mlp.uses_fp8:
             self.fp8_mlp = Fp8MLPState(L, config.mlp)
@@ -222,6 +226,8 @@ class GPT(nn.Module):
 
     def refresh_fp8(self, down_own_amax: bool) -> None:
         """FP8 copies of the weights as they are now; once a step, before its micro-batches."""
+        if self.fp8_attention is not None:
+            self.fp8_attention.refresh(self.qk_bank, self.vo_bank)
         if self.fp8_mlp is not None:
             self.fp8_mlp.refresh(self.mlp_bank, down_own_amax)
         if self.fp8_head is not None:
@@ -248,8 +254,9 @@ class GPT(nn.Module):
         c0, saved, mudd_input = x, [(None, None)], None  # saved x, and its norm
         value_embeds = self.embedded_values(batch)
         own_values = iter(value_embeds)
-        fp8_layers = self.fp8_mlp.layers() if training and self.fp8_mlp is not None else []
-        fp8 = itertools.chain(fp8_layers, itertools.repeat(None))
+        fp8_states = (self.fp8_attention, self.fp8_mlp) if training else (None, None)
+        fp8_layers = [[] if state is None else state.layers() for state in fp8_states]
+        attention_fp8, mlp_fp8 = (itertools.chain(p, itertools.repeat(None)) for p in fp8_layers)
         for i, (spec, weights) in enumerate(zip(self.layers, self.layer_weights(), strict=True)):
             if spec.gate_net != net:
                 net = spec.gate_net
@@ -262,12 +269,14 @@ class GPT(nn.Module):
                 mudd = MuddLayer(*self.mudd_factors("mudd_layer", x))
             layer = self.layer_functions.get(spec, layer_forward)
             own_gates = gates.get(i, NO_GATES)
-            inputs = (config, spec, x, streams, own_gates, mudd, weights, plan, next(fp8))
+            fp8 = LayerFp8(next(attention_fp8) if spec.attention else None, next(mlp_fp8))
+            inputs = (config, spec, x, streams, own_gates, mudd, weights, plan, fp8)
             x, normed = layer(*inputs, self.norm_is_read(i))
             if spec.save:
                 saved.append((x, normed))
-        if fp8_layers:
-            self.fp8_mlp.update(fp8_layers)
+        for state, layers in zip(fp8_states, fp8_layers, strict=True):
+            if state is not None:
+                state.update(layers)
         if mudd_input is not None:
             out = MuddOut(*self.mudd_factors("mudd_out", x))
             terms = [(1.0, x), (out.c0, c0), (out.saved, saved[-1][0])]

@@ -6,7 +6,15 @@ import dataclasses
 import functools
 from typing import Any
 
-from speedrun.config import Config, ConfigError, HeadConfig, MLPConfig, ModelConfig, ScheduleConfig
+from speedrun.config import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    HeadConfig,
+    MLPConfig,
+    ModelConfig,
+    ScheduleConfig,
+)
 from speedrun.config_check import check
 from speedrun.overrides import apply_overrides
 from speedrun.schedule import Schedule, StepPlan
@@ -34,6 +42,7 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "asymmetric_softcap": ("model.softcap_b=0",),
     "fp8_head": ("model.head.fp8=false",),
     "fp8_mlp": tuple(f"model.mlp.{name}=bf16" for name in _MLP_TYPES),
+    "fp8_projections": ("model.attention.qkv=bf16", "model.attention.out=bf16"),
     "multi_token": ("schedule.multi_token=false",),
     "prefix_loss": ("schedule.prefix_loss=false",),
     "window_warmup": ("schedule.window_warmup=false",),
@@ -59,6 +68,7 @@ NOT_TECHNIQUES: dict[str, str] = dict.fromkeys(
     (
         *("model.bigram_scale", "model.value_embed_std", "model.embed_std", "model.rotary_base"),
         *("model.score_scale", "model.softcap_a", "model.softcap_c", "model.mlp.x_scale"),
+        *("model.attention.dx", "model.attention.x_scale"),
         *("model.head.x_amax", "model.head.w_amax", "model.head.grad_amax"),
         *("schedule.adam_interval", "schedule.fp8_down_own_amax_steps"),
         *(f"schedule.lr_{name}" for name in ("cooldown_start_frac", "end", "warmup_steps")),
@@ -130,7 +140,8 @@ def _computed(config: Config, precision: str, tokenizer: str) -> tuple[Any, ...]
     if not model.bigram_rows:
         model = dataclasses.replace(model, sign_rows=0)
     if precision != "recipe":
-        model = dataclasses.replace(model, mlp=MLPConfig(), head=HeadConfig())
+        plain = dict(attention=AttentionConfig(), mlp=MLPConfig(), head=HeadConfig())
+        model = dataclasses.replace(model, **plain)
     if precision == "float32" or optim.matrix_rule == "adamw":
         optim = dataclasses.replace(optim, exact_weights=False)
     if optim.matrix_rule != "normuon":
