@@ -432,6 +432,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is looked at for numbers that aren't finite and losses off their trend (`guards`)."""
+
+    # loss: each loss when it comes in, which costs nothing; gradient: the gradients too, which are
+    # read once more for that; step: both before the update, for which the host waits: only so can
+    # the first bad tensor be named. auto: step on CPUs or with a skip_…, else loss.
+    check: Literal["auto", "loss", "gradient", "step"] = "auto"
+    skip_nonfinite: bool = False  # such a step's update is left out, instead of the run stopped
+    # Standard deviations by which a loss is above its trend, at least: 0 is never.
+    alarm_z: float = 6.0  # said in the log
+    skip_z: float = 0.0  # that step's update is left out
+
+
+@dataclass(frozen=True)
 class Config:
     name: str
     model: ModelConfig | BaselineConfig
@@ -445,6 +459,7 @@ class Config:
     precision: Literal["auto", "recipe", "bf16", "float32"] = "auto"
     micro_batch_parts: int = 1  # parts of a step that go through the model at once
     log_interval: int = 1  # steps between training lines of the log
+    guards: GuardConfig = field(default_factory=GuardConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

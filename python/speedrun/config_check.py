@@ -135,6 +135,13 @@ def check(config: Config) -> None:
         "must be 1, 2, 4 or 8",
     )
     require_positive(config, "", "log_interval")
+    skips = config.guards.skip_nonfinite or config.guards.skip_z > 0
+    require(
+        not skips or config.guards.check in ("auto", "step"),
+        "guards.check",
+        config.guards.check,
+        "must be step (or auto) to leave updates out by guards.skip_nonfinite or guards.skip_z",
+    )
     for key, value in _numbers(config):
         ok = abs(value) <= LARGEST_NUMBER and (value >= 0 or key in MAY_BE_NEGATIVE)
         require(ok, key, value, f"must be in 0..{LARGEST_NUMBER:g}")
