@@ -19,6 +19,7 @@ from speedrun.data import BYTES, StepBatch
 from speedrun.model import GPT
 from speedrun.optim import Optimizer
 from speedrun.reference.polar_express import COEFFICIENTS
+from speedrun.runlog import RunLog
 from speedrun.schedule import Schedule
 from speedrun.sources import to_micro_batches
 from train_helpers import (
@@ -95,17 +96,22 @@ def test_screen(first_run):
     steps = [int(m[1]) for line in first_run.out.splitlines() if (m := VALIDATION.match(line))]
     assert steps == [0, 5, 10, 15, 20]
     assert re.search(r"final val_loss \d\.\d{4}; target \d\.\d{4}, gzip -9", first_run.out)
+    assert re.search(r"^kernels: torch \(adam_step, attention, .*\)$", first_run.out, re.MULTILINE)
     assert "next:" in first_run.out and "Traceback" not in first_run.err
 
 
 def test_metrics(first_run, folder):
-    """One header, then every step once and every validation, in order, with rising times."""
-    header, *events = read_events(folder / "one")
+    """One header, what serves the operators, then every step once and every validation, in order,
+    with rising times."""
+    header, kernels, *events = read_events(folder / "one")
     assert header["event"] == "header" and header["world_size"] == 1
     assert header["environment"]["torch"] == torch.__version__
     assert header["environment"]["commit"] and header["dtype"] == "torch.float32"
     assert re.fullmatch("[0-9a-f]{64}", header["sources"]["model.py"])
     assert header["config"] == json.loads((folder / "one" / "config.json").read_text())
+    assert kernels["event"] == "kernels"
+    assert kernels["backends"].items() >= {"attention": ["torch"], "adam_step": ["torch"]}.items()
+    assert kernels["attention"] == {"1024 tokens, heads 16/16": "torch"}
     order = [(event["event"], event["step"]) for event in events]
     expected = []
     for step in range(STEPS + 1):
@@ -113,6 +119,21 @@ def test_metrics(first_run, folder):
     assert order == expected
     times = [event["train_time_s"] for event in events]
     assert times == sorted(times) and times[0] < 0.1
+
+
+def test_kernels_by_backend(tmp_path):
+    """Attention's shapes are named where not one backend serves all of them."""
+    shapes = {"4096 tokens, heads 96/128": "fa3", "512 tokens, heads 96/128": "sdpa"}
+    log = RunLog(tmp_path, 1, 1)
+    log.kernels({"attention": ("fa3",), "fp8_matmul": ("cuda",), "softcap_ce": ("cuda",)}, {})
+    log.kernels({"attention": ("fa3", "sdpa"), "transpose": ("cuda", "torch")}, shapes)
+    log.close()
+    assert (tmp_path / "log.txt").read_text().splitlines() == [
+        "kernels: fa3 (attention), cuda (fp8_matmul, softcap_ce)",
+        "kernels: fa3 (attention of 4096 tokens, heads 96/128), "
+        "sdpa (attention of 512 tokens, heads 96/128), cuda (transpose), torch (transpose)",
+    ]
+    assert [event["attention"] for event in read_events(tmp_path)] == [{}, shapes]
 
 
 def test_config_file(first_run, folder):
@@ -191,9 +212,12 @@ def test_precision_on_a_cpu(first_run, folder, precision):
 
 
 def test_fp8_everywhere_on_a_cpu(first_run, folder):
-    """All six GEMMs and post in FP8, the down weights' delayed scales after two steps; twice."""
+    """All GEMMs of the MLP, post and attention's projections, queries and keys narrower than
+    values, the down weights' delayed scales after two steps; twice."""
     names = ("up", "down", "dpre", "dx", "dup", "ddown", "post")
     choices = {f"model__mlp__{name}": "fp8" for name in names}
+    choices |= dict(model__attention__qkv="fp8", model__attention__out="fp8")
+    choices |= dict(model__qk_head_dim=12)
     sets = tiny_sets(precision="recipe", schedule__fp8_down_own_amax_steps=2, **choices)
     for out in ("fp8", "fp8_again"):
         run = train(folder, "--text", "text.txt", "--out", out, *sets)

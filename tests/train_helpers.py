@@ -225,7 +225,7 @@ def read_losses(folder: Path) -> list[tuple[str, int, float]]:
     return [
         (event["event"], event["step"], event.get("train_loss", event.get("val_loss")))
         for event in read_events(folder)
-        if event["event"] != "header"
+        if event["event"] in ("training", "validation")
     ]
 
 

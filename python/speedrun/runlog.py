@@ -170,6 +170,20 @@ class RunLog:
         self._write(json.dumps(values["config"]))
         self._write("=" * 100)
 
+    def kernels(self, used: dict[str, tuple[str, ...]], attention: dict[str, str]) -> None:
+        """What serves each operator, known after the warm-up; attention's backends by shape too."""
+        self._event("kernels", backends=used, attention=attention)
+        found: dict[str, list[str]] = {}
+        for op, backends in used.items():
+            for backend in backends:
+                found.setdefault(backend, []).append(op)
+        for backend, served in found.items():
+            if len(used.get("attention", ())) > 1 and "attention" in served:
+                shapes = [shape for shape, name in attention.items() if name == backend]
+                served[served.index("attention")] = f"attention of {' and '.join(shapes)}"
+        by_backend = (f"{backend} ({', '.join(served)})" for backend, served in found.items())
+        self.say(f"kernels: {', '.join(by_backend)}")
+
     def say(self, line: str) -> None:
         """One line to the log and to the screen."""
         if self.folder is not None:

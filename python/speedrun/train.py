@@ -29,6 +29,8 @@ from speedrun.data import DataError, StepBatch
 from speedrun.estimate import Precision
 from speedrun.evaluate import evaluate
 from speedrun.model import GPT
+from speedrun.ops import backends_used
+from speedrun.ops.attention import attention_backends
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
 from speedrun.plot import plot_loss
@@ -61,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     model.compile(choose_compile(args.compile, run))
     optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.named_buffers)
     warm_up(model, optimizer, schedule, config, data, run)
+    log.kernels(backends_used(), attention_backends())
     losses = LossQueue()
     clock = Clock(run.device)
     with training_loader(config, data, schedule, run.comms.rank, run.comms.world_size) as loader:

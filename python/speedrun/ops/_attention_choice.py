@@ -38,6 +38,9 @@ from speedrun.reference.attention import attention as reference
 STEM = "attention"
 SDPA_MAX_TOKENS = 2048  # a mask of 4 MiB
 
+# By shape, such as "2048 tokens, heads 96/128": tokens, and widths of queries and of values.
+served: dict[str, str] = {}
+
 
 def choose(
     device: torch.device, dtype: torch.dtype, num_tokens: int, head_dims: tuple[int, int]
@@ -55,6 +58,7 @@ def choose(
             left_out |= {"sdpa"} if num_tokens > SDPA_MAX_TOKENS else set()
             name = first_right(device, head_dims, frozenset(left_out))
     _dispatch.note(STEM, name)
+    served[f"{num_tokens} tokens, heads {'/'.join(map(str, head_dims))}"] = name
     return name
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops import _attention_backends as backends
-from speedrun.ops._attention_choice import choose
+from speedrun.ops._attention_choice import choose, served
 from speedrun.ops._library import define, define_gradient
 from speedrun.reference._blocks import BlockMask, block_mask
 from speedrun.reference.attention import attention as _reference
@@ -88,6 +88,11 @@ def attention(
         raise TypeError(f"this plan needs {backends.DTYPE}, got {q.dtype}, {k.dtype}, {v.dtype}")
     batch = (plan.cu_seqlens, plan.limits, plan.extra)
     return torch.ops.speedrun.attention(q, k, v, *batch, scale, plan.backend)[0]
+
+
+def attention_backends() -> dict[str, str]:
+    """By shape, such as "2048 tokens, heads 96/128", the backend last chosen in this process."""
+    return dict(served)
 
 
 def _batch(cu_seqlens: Tensor, limits: Tensor, extra: Tensor) -> backends.Batch:
