@@ -166,7 +166,7 @@ def test_the_same_command_twice(first_run, folder):
     assert read_losses(folder / "two") == read_losses(folder / "one")
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8])
 def test_ranks(first_run, folder, ranks):
     """The same losses from every number of ranks, but for the order of float32 sums.
 
