@@ -92,7 +92,7 @@ def missing(**changes):
             dict(precision="float32"),
             {"fp8_head", "fp8_mlp", "fp8_projections", "exact_weights"},
         ),
-        (dict(model=dict(attention=AttentionConfig(dx="bf16"))), {"fp8_projections"}),
+        (dict(model=dict(attention=AttentionConfig(dx="fp8"))), {"fp8_projections"}),
         (dict(tokenizer="bytes"), {"prefix_loss"}),
         (dict(schedule=dict(prefix_loss=False)), {"prefix_loss"}),
         (dict(schedule=dict(window_warmup=False)), {"window_warmup", "yarn"}),

@@ -176,13 +176,11 @@ def test_types_of_the_products():
     assert (recipe["head"], recipe["attention: QKV"]) == ((1, 1, 1), (2, 2, 2))
     assert set(sizes(BF16).values()) == {(2, 2, 2)}
     assert set(sizes(FLOAT32).values()) == {(4, 4, 4)}
-    attention = AttentionConfig(qkv="fp8")
+    attention = AttentionConfig(qkv="fp8", dx="fp8")
     model = estimate.meta_model(small_record(attention=attention), RECIPE)
     assert sizes(RECIPE)["attention: QKV"] == (1, 1, 2)
     assert sizes(RECIPE)["attention: output"] == (2, 2, 2)
-    model = estimate.meta_model(
-        small_record(attention=AttentionConfig(out="fp8", dx="bf16")), RECIPE
-    )
+    model = estimate.meta_model(small_record(attention=AttentionConfig(out="fp8")), RECIPE)
     assert sizes(RECIPE)["attention: output"] == (1, 2, 2)
     assert set(sizes(BF16).values()) == {(2, 2, 2)}
 
@@ -264,9 +262,9 @@ def test_memory_by_hand():
         "logits": (2 + 1) * num_tokens * 32,
     }
     for switches, copies in (
-        (dict(qkv="fp8", out="fp8"), 2 * attention),  # row by row and transposed
-        (dict(qkv="fp8", dx="bf16"), 3 * attention // 4),
-        (dict(out="fp8", dx="bf16"), attention // 4),
+        (dict(qkv="fp8", out="fp8", dx="fp8"), 2 * attention),  # row by row and transposed
+        (dict(qkv="fp8"), 3 * attention // 4),
+        (dict(out="fp8"), attention // 4),
     ):
         changed = dataclasses.replace(config.model, attention=AttentionConfig(**switches))
         fp8 = estimate.fp8_copies_bytes(estimate.meta_model(changed, RECIPE), RECIPE)

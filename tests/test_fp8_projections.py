@@ -21,10 +21,10 @@ from train_helpers import make_batch, normal, small_config
 
 BF16, WINDOWS = torch.bfloat16, Windows(3, 7)
 D, H = 64, 2
-BOTH = AttentionConfig(qkv="fp8", out="fp8")
+BOTH = AttentionConfig(qkv="fp8", out="fp8", dx="fp8")
 CHOICES = {
-    "qkv": AttentionConfig(qkv="fp8"),
-    "output": AttentionConfig(out="fp8"),
+    "qkv": dataclasses.replace(BOTH, out="bf16"),
+    "output": dataclasses.replace(BOTH, qkv="bf16"),
     "both": BOTH,
     "gradients in bf16": dataclasses.replace(BOTH, dx="bf16"),
     "current scale": dataclasses.replace(BOTH, x_scale="current"),

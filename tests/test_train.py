@@ -216,7 +216,7 @@ def test_fp8_everywhere_on_a_cpu(first_run, folder):
     values, the down weights' delayed scales after two steps; twice."""
     names = ("up", "down", "dpre", "dx", "dup", "ddown", "post")
     choices = {f"model__mlp__{name}": "fp8" for name in names}
-    choices |= dict(model__attention__qkv="fp8", model__attention__out="fp8")
+    choices |= {f"model__attention__{name}": "fp8" for name in ("qkv", "out", "dx")}
     choices |= dict(model__qk_head_dim=12)
     sets = tiny_sets(precision="recipe", schedule__fp8_down_own_amax_steps=2, **choices)
     for out in ("fp8", "fp8_again"):

@@ -129,7 +129,7 @@ class AttentionConfig:
 
     qkv: Literal["bf16", "fp8"] = "bf16"  # operands of the product for Q, K and V
     out: Literal["bf16", "fp8"] = "bf16"  # and for attention's output
-    dx: Literal["bf16", "fp8"] = "fp8"  # for the inputs' gradients of those that are fp8
+    dx: Literal["bf16", "fp8"] = "bf16"  # for the inputs' gradients of those that are fp8
     x_scale: Literal["current", "static"] = "static"  # of QKV's input: its own amax, or √D/448
 
     @property

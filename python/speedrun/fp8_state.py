@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from speedrun.config import AttentionConfig, HeadConfig, MLPConfig
-from speedrun.ops.fp8_linear import Fp8Weight
+from speedrun.ops.fp8_linear import Fp8Weight, normed_scale
 from speedrun.ops.fp8_quantize import (
     MlpWeights,
     delayed_scale,
@@ -70,7 +70,7 @@ class Fp8Projections:
 
     qkv: Fp8Weight | None  # (2·H·K + D, D): Q, K, V
     out: Fp8Weight | None  # (D, D)
-    static_x: bool  # QKV's input by the scale that fits every normed row
+    x_scale: Tensor | None  # float32 (), of QKV's input; None: by its own amax
     y_scale: Tensor  # float32 (), of the output's input: foretold by the forward pass before
     y_amax: Tensor | None = None  # set in the forward pass: the largest of that input, ()
 
@@ -89,6 +89,7 @@ class Fp8AttentionState(nn.Module):
         self.config = config
         self.register_buffer("y_scale_A", torch.ones(num_attentions))
         self.weights: dict[str, Fp8Weight] | None = None  # of all layers, by the field's name
+        self.x_scale: Tensor | None = None
         self.source: tuple[tuple[int, int], ...] | None = None
 
     @torch.no_grad()
@@ -102,6 +103,8 @@ class Fp8AttentionState(nn.Module):
             banks["qkv"] = torch.cat([qk_bank.view(len(v_bank), -1, qk_bank.shape[-1]), v_bank], 1)
         if self.config.out == "fp8":
             banks["out"] = o_bank
+        if self.config.x_scale == "static":
+            self.x_scale = normed_scale(qk_bank.shape[-1], qk_bank.device)
         transposed = self.config.dx == "fp8"
         self.weights = {
             name: Fp8Weight(*fp8_quantize_current(bank, transposed=transposed))
@@ -119,9 +122,8 @@ class Fp8AttentionState(nn.Module):
             f8, f8_t, scale = weights[name]
             return Fp8Weight(f8[i], None if f8_t is None else f8_t[i], scale)
 
-        static = self.config.x_scale == "static"
         return [
-            Fp8Projections(of_layer("qkv", i), of_layer("out", i), static, y_scale)
+            Fp8Projections(of_layer("qkv", i), of_layer("out", i), self.x_scale, y_scale)
             for i, y_scale in enumerate(self.y_scale_A)
         ]
 

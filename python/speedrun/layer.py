@@ -18,8 +18,8 @@ from speedrun.gates import Gates, MuddLayer
 from speedrun.ops.attention import AttentionPlan, attention
 from speedrun.ops.attention_epilogue import attention_epilogue, attention_epilogue_fp8
 from speedrun.ops.dc_attention import DcPlan, dc_attention
-from speedrun.ops.fp8_linear import fp8_linear, quantize_normed
-from speedrun.ops.fp8_quantize import fp8_quantize
+from speedrun.ops.fp8_linear import fp8_linear
+from speedrun.ops.fp8_quantize import fp8_quantize, fp8_quantize_current
 from speedrun.ops.qk_norm_rope import pair_heads, qk_norm_rope, unpair_heads
 from speedrun.ops.relu2_mlp import Fp8Layer, relu2_mlp
 from speedrun.ops.residual_mix import residual_mix, residual_mix_norm
@@ -208,8 +208,12 @@ def project_in(
     weight = scaled(factor, w_qkv)
     if fp8 is None or fp8.qkv is None:
         return h @ weight.T
-    x_TD = h.flatten(0, 1)
-    qkv = fp8_linear(x_TD, weight, *quantize_normed(x_TD, fp8.static_x), fp8.qkv.times(factor))
+    x_TD, x_scale = h.flatten(0, 1), fp8.x_scale
+    if x_scale is None:
+        x_f8, _, x_scale = fp8_quantize_current(x_TD)
+    else:
+        x_f8, _, _ = fp8_quantize(x_TD, x_scale)
+    qkv = fp8_linear(x_TD, weight, x_f8, x_scale, fp8.qkv.times(factor))
     return qkv.unflatten(0, h.shape[:2])
 
 

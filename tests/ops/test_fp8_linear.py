@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from numerics import Estimate, assert_same_bits, assert_within_budget
 from op_helpers import skips_without_cuda_kernel
-from speedrun.ops.fp8_linear import Fp8Weight, fp8_linear, quantize_normed
-from speedrun.ops.fp8_quantize import fp8_quantize_current
+from speedrun.ops.fp8_linear import Fp8Weight, fp8_linear, normed_scale
+from speedrun.ops.fp8_quantize import fp8_quantize, fp8_quantize_current
 from train_helpers import normal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,12 +22,18 @@ def tensors(num_tokens=T):
     return [t.to(DEVICE, BF16) for t in (x, w, grad)]
 
 
+def quantized(x, static=True):
+    """x in e4m3 and its scale."""
+    scale = normed_scale(D, x.device)
+    return (fp8_quantize(x, scale)[0], scale) if static else fp8_quantize_current(x)[::2]
+
+
 def run(x, w, grad, dx="fp8", static=True):
     """y and the gradients of x and W; and the weight's copies."""
     x, w = (t.detach().clone().requires_grad_() for t in (x, w))
     with skips_without_cuda_kernel():
         fp8 = Fp8Weight(*fp8_quantize_current(w, transposed=dx == "fp8"))
-        y = fp8_linear(x, w, *quantize_normed(x, static), fp8)
+        y = fp8_linear(x, w, *quantized(x, static), fp8)
         y.backward(grad)
     return [y.detach(), x.grad, w.grad], fp8
 
@@ -60,7 +66,7 @@ def test_within_the_budget_of_fp8(dx, static):
 def test_a_factor_is_in_the_scale():
     x, w, _ = tensors()
     fp8 = Fp8Weight(*fp8_quantize_current(w))
-    x_f8 = quantize_normed(x, static=True)
+    x_f8 = quantized(x)
     half = torch.tensor(0.5, device=DEVICE, requires_grad=True)
     found = fp8_linear(x, w, *x_f8, fp8.times(half))
     assert_same_bits(found, 0.5 * fp8_linear(x, w, *x_f8, fp8))
@@ -69,8 +75,9 @@ def test_a_factor_is_in_the_scale():
 
 def test_static_scale_fits_the_largest_number_of_a_normed_row():
     x = F.rms_norm(torch.eye(3, 64, device=DEVICE), (64,)).to(BF16)
-    x_f8, scale = quantize_normed(x, static=True)
-    assert x_f8.float().max() == 448 and (x_f8.float() * scale).max() == 8
+    scale = normed_scale(64, x.device)
+    x_f8, _, amax = fp8_quantize(x, scale, amax=True)
+    assert x_f8.float().max() == 448 and scale == amax / 448 == 8 / 448
 
 
 @pytest.mark.usefixtures("backend")
@@ -100,7 +107,7 @@ def test_compiles_fullgraph_to_the_same_bits(dx):
             x, w, grad = tensors()
             copies = fp8_quantize_current(w, transposed=dx == "fp8")
             x, w = ((seed * t).detach().requires_grad_() for t in (x, w))
-            y = function(x, w, *quantize_normed(x, static=True), *copies)
+            y = function(x, w, *quantized(x), *copies)
             found += [y, *torch.autograd.grad(y, (x, w), grad)]
         return found
 
@@ -132,7 +139,7 @@ def test_nan_is_not_hidden(backend):
 
 def test_refusals():
     x, w, _ = tensors()
-    x_f8, x_scale = quantize_normed(x, static=True)
+    x_f8, x_scale = quantized(x)
     fp8 = Fp8Weight(*fp8_quantize_current(w, transposed=True))
     for wrong, message in (
         ((x.float(), w, x_f8, x_scale, fp8), r"x_TD must be torch\.bfloat16, got torch\.float32"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speedrun.ops.fp8_matmul import fp8_matmul
-from speedrun.ops.fp8_quantize import fp8_quantize, fp8_quantize_current
+from speedrun.ops.fp8_quantize import fp8_quantize_current
 from speedrun.reference._fp8 import FP8_MAX
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -32,14 +32,9 @@ class Fp8Weight(NamedTuple):
         return self if factor is None else self._replace(scale=self.scale * factor.detach())
 
 
-def quantize_normed(x_TD: Tensor, static: bool) -> tuple[Tensor, Tensor]:
-    """(e4m3 of RMS-normed rows (T, D), scale ()): by their amax, or the static √D/448, which no
-    such row exceeds. Without a gradient."""
-    if not static:
-        x_f8_TD, _, scale = fp8_quantize_current(x_TD)
-        return x_f8_TD, scale
-    scale = torch.full((), x_TD.shape[1] ** 0.5 / FP8_MAX[E4M3], device=x_TD.device)
-    return fp8_quantize(x_TD, scale)[0], scale
+def normed_scale(num_columns: int, device: torch.device) -> Tensor:
+    """() float32: the scale √D/448 of e4m3, which fits every RMS-normed row of D columns."""
+    return torch.full((), num_columns**0.5 / FP8_MAX[E4M3], device=device)
 
 
 def fp8_linear(
