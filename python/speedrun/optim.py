@@ -334,7 +334,17 @@ class Optimizer:
             self._work(outside, plan.tied)
         # Written through .data: tells who keeps copies of a parameter (`Fp8HeadState`).
         increment_version([place.param for group in due for i in group for place in i.places])
-        if plan.split:  # embed goes on from where they were one
+        self._split(plan)
+
+    @torch.no_grad()
+    def leave_out(self, plan: StepPlan) -> None:
+        """In place of `step`: no update, and all gradients go, those that wait for Adam too."""
+        self._forget_all()
+        self._split(plan)
+
+    def _split(self, plan: StepPlan) -> None:
+        """Behind a step that parts head and embedding: embed goes on from where they were one."""
+        if plan.split:
             for name, tensor in self.rules[EMBED].state.items():
                 tensor.copy_(self.rules[HEAD].state[name])
 
@@ -385,10 +395,7 @@ class Optimizer:
         for (t, *_), saved in zip(self.state().values(), snapshot, strict=True):
             t.copy_(saved)
         increment_version(self.params.values())
-        for param in self.params.values():
-            self._forget(param)
-        for rows in self.sparse.values():
-            rows.clear()
+        self._forget_all()
 
     def unused_gradients(self) -> dict[str, Tensor]:
         """This rank's gradients that wait for a step to come, and the rows that they touched.
@@ -416,6 +423,12 @@ class Optimizer:
                 param.grad = t
             else:
                 param.grad.add_(t)
+
+    def _forget_all(self) -> None:
+        for param in self.params.values():
+            self._forget(param)
+        for rows in self.sparse.values():
+            rows.clear()
 
     def _forget(self, param: nn.Parameter) -> None:
         """Its gradient. Graphs read gradients where they were at the capture: these keep theirs."""

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ CONSOLE_INTERVAL_S = 5.0  # between training lines on a console without a progre
 
 class RunError(RuntimeError):
     """A run that can't go on. The message names the step or the file, and the fix."""
+
+
+class BadLoss(RunError):
+    """A loss that isn't finite. `trained_step`: the last step that went into it."""
+
+    def __init__(self, problem: str, trained_step: int) -> None:
+        super().__init__(problem)
+        self.trained_step = trained_step
 
 
 class Clock:
@@ -190,13 +198,15 @@ class RunLog:
             self._write(line)
             self._show(line)
 
+    def note(self, kind: str, line: str, **values: Any) -> None:
+        """An event, and a line about it."""
+        self._event(kind, **values)
+        self.say(line)
+
     def validation(self, step: int, loss: float, train_time_s: float) -> None:
-        """The validation before `step`; RunError, on every rank, where the loss is not finite."""
+        """The validation before `step`; BadLoss, on every rank, where the loss is not finite."""
         if not math.isfinite(loss):
-            raise RunError(
-                f"step {step}: the validation loss is {loss}; the run is stopped. "
-                "Lower optim.normuon.lr or optim.adam.lr by --set"
-            )
+            raise BadLoss(f"step {step}: the validation loss is {loss}", step - 1)
         self.val_loss = loss
         self._event("validation", step=step, val_loss=loss, train_time_s=train_time_s)
         self.say(format_line(step, self.total_steps, "val_loss", loss, train_time_s))
@@ -255,10 +265,12 @@ def _progress_bar(total_steps: int) -> Any:
 class LossQueue:
     """Losses on their way from the device to the log, without waiting for the device.
 
-    A non-finite loss raises RunError with its step, on all ranks alike: the loss is their sum.
+    A non-finite loss raises BadLoss, on all ranks alike: the loss is their sum. `look` sees each
+    step's mean loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[StepPlan, float], None]) -> None:
+        self._look = look
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, StepPlan, float]] = deque()
         self._tokens_done = 0
 
@@ -282,13 +294,10 @@ class LossQueue:
             self._pending.popleft()
             mean = loss.item() / plan.tokens_per_step
             if not math.isfinite(mean):
-                raise RunError(
-                    f"step {plan.step}: the training loss is {mean}; the run is stopped. "
-                    "Lower optim.normuon.lr or optim.adam.lr by --set, or try "
-                    "--set precision=float32"
-                )
+                raise BadLoss(f"step {plan.step}: the training loss is {mean}", plan.step)
             self._tokens_done += plan.tokens_per_step
             log.training(plan.step + 1, mean, train_time_s, self._tokens_done)
+            self._look(plan, mean)
 
     def log_all(self, log: RunLog) -> None:
         self.log_ready(log, wait=True)

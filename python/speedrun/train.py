@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import warnings
@@ -28,6 +29,7 @@ from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import DataError, StepBatch
 from speedrun.estimate import Precision
 from speedrun.evaluate import evaluate
+from speedrun.guards import Guard
 from speedrun.model import GPT
 from speedrun.ops import backends_used
 from speedrun.ops.attention import attention_backends
@@ -46,6 +48,7 @@ from speedrun.sources import (
     training_loader,
     validation_data,
 )
+from speedrun.step_dump import Origin
 from speedrun.tokenizer import Tokenizer
 from speedrun.world_size import check_world_size, record_obstacles
 
@@ -64,12 +67,15 @@ def main(args: argparse.Namespace) -> None:
     optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.named_buffers)
     warm_up(model, optimizer, schedule, config, data, run)
     log.kernels(backends_used(), attention_backends())
-    losses = LossQueue()
+    origin = Origin(to_argv(args), data.format, precision)
+    guard = Guard(config, model, run.comms, log, origin)
+    losses = LossQueue(guard.look)
     clock = Clock(run.device)
-    with training_loader(config, data, schedule, run.comms.rank, run.comms.world_size) as loader:
+    loader = training_loader(config, data, schedule, run.comms.rank, run.comms.world_size)
+    with loader, guard:
         log.say(f"ready to train {hardware.process_age_s():.1f} s after the start")
         clock.start()
-        prefix_table = load_prefix_table(tokenizer, config, run)
+        guard.prefix_table = prefix_table = load_prefix_table(tokenizer, config, run)
         for plan in schedule:
             if plan.validate:
                 losses.log_all(log)
@@ -78,10 +84,15 @@ def main(args: argparse.Namespace) -> None:
                     log.validation(plan.step, val_loss, clock.elapsed_s)
             if plan.last:
                 break
-            batches = to_micro_batches(loader.next_step(), config, run.device)
-            loss = forward_backward(model, optimizer, batches, plan, prefix_table)
-            optimizer.step(plan)
-            losses.push(loss, plan, clock.now_s(), run.comms)
+            batch = loader.next_step()
+            batches = to_micro_batches(batch, config, run.device)
+            inputs = (model, optimizer, batches, plan, prefix_table)
+            loss, is_good = guard.run(plan, batch, functools.partial(forward_backward, *inputs))
+            if is_good:
+                optimizer.step(plan)
+                losses.push(loss, plan, clock.now_s(), run.comms)
+            else:
+                optimizer.leave_out(plan)
             losses.log_ready(log)
     finish(config, data, log)
 
@@ -233,7 +244,7 @@ def load_prefix_table(tokenizer: Tokenizer | None, config: Config, run: Run) -> 
 
 def forward_backward(
     model: GPT,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     micro_batches: list[MicroBatch],
     plan: StepPlan,
     prefix_table: Tensor | None = None,
@@ -241,7 +252,7 @@ def forward_backward(
     """Gradients of the step's summed loss / 8 added to `.grad`; returns this rank's summed loss.
 
     Whatever the number of ranks, the sum over them is the gradient of all positions / 8.
-    The optimizer learns which rows of the bigram table have one.
+    The optimizer, where there is one, learns which rows of the bigram table have one.
     """
     model.refresh_fp8(plan.fp8_down_own_amax)
     prefix_weight = 0.0 if prefix_table is None else plan.prefix_weight
@@ -251,7 +262,7 @@ def forward_backward(
         windows = model.plan_windows(batch, plan.windows)
         loss = model.training_loss(batch, windows, weights)
         (loss / GRADIENT_DIVISOR).backward()
-        if batch.bigram_rows_PT is not None:
+        if optimizer is not None and batch.bigram_rows_PT is not None:
             optimizer.touched("bigram_embed", model.table_rows(batch)[0])
         total += loss.detach()
     return total
