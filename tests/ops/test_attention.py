@@ -203,7 +203,7 @@ def test_kernel_accuracy(kernel, starts, window):
 
 
 @pytest.mark.parametrize("window", [40, 700], ids="window {}".format)
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (96, 128), (24, 8)], ids=str)
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (96, 128), (48, 16)], ids=str)
 def test_kernel_head_dims(kernel, head_dims, window):
     check_accuracy(kernel_inputs(150, head_dims), STARTS, window)
 

@@ -7,7 +7,7 @@ import torch
 
 from cases import ATTENTION_EPILOGUE_FULL, ATTENTION_EPILOGUE_SMALL
 from numerics import assert_accurate, assert_same_bits, bits
-from op_helpers import assert_compiles
+from op_helpers import assert_compiles, skips_without_cuda_kernel
 from speedrun import ops
 from speedrun.ops._dispatch import Unavailable
 from speedrun.ops.attention_epilogue import (
@@ -134,7 +134,8 @@ def test_one_gate_for_all_tokens(backend):
     results = []
     for contiguous in (False, True):
         one = [t[:1].expand(T, H) for t in (alpha, gate)]
-        out = attention_epilogue(y, v, *([t.contiguous() for t in one] if contiguous else one))
+        with skips_without_cuda_kernel():
+            out = attention_epilogue(y, v, *([t.contiguous() for t in one] if contiguous else one))
         results.append([out, *torch.autograd.grad(out.sum(), (y, v, alpha, gate))])
     for few, many in zip(*results, strict=True):
         assert_same_bits(few.detach(), many.detach())
@@ -222,7 +223,11 @@ def test_fp8_copy(case, dtype, backend):
     inputs, scale = Inputs(case, dtype), torch.tensor(0.003, device=DEVICE)
     y, v, alpha, gate = inputs.named(t.requires_grad_() for t in inputs.tensors)
     out, out_f8, amax = attention_epilogue_fp8(y, v, scale, alpha, gate)
-    assert_same_bits(out.detach(), attention_epilogue(y, v, alpha, gate).detach())
+    plain = attention_epilogue(y, v, alpha, gate).detach()
+    if backend == "triton" and DEVICE == "cuda":  # another program, contracted in another way
+        torch.testing.assert_close(out.detach(), plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    else:
+        assert_same_bits(out.detach(), plain)
     rows = (-1, max(1, case.dim))
     expected, _, greatest = ops.fp8_quantize(out.reshape(rows), scale, amax=True)
     assert_same_bits(bits(out_f8), bits(expected).view(out.shape))

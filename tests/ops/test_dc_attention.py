@@ -124,8 +124,13 @@ def test_accuracy(backend, case, dtype):
     with ops.use_backend("torch"):
         same = with_gradients(tensors, grad, *where)
         exact = with_gradients([t.double() for t in tensors], grad.double(), *where)
-    for results in zip(found, same, exact, strict=True):
-        assert_accurate(*results)
+    for mine, reference, ref64 in zip(found, same, exact, strict=True):
+        if ref64.any():
+            assert_accurate(mine, reference, ref64)
+        else:  # rows of one key: terms cancel, in the reference to the last bit
+            q, k, v = (t.double().abs() for t in tensors[:3])
+            terms = (grad.double().abs() * v).sum(-1).max() * torch.maximum(q.max(), k.max())
+            assert mine.abs().max() <= 4 * torch.finfo(torch.float32).eps * terms
 
 
 def test_one_token(backend):

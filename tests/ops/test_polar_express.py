@@ -495,8 +495,8 @@ def test_compiles_fullgraph_without_recompiling(spec, backend):
         return momentum_polar_express([grad], [momentum], mu, torch.float16, spec)[0]
 
     def run(function, seed):
-        grad = normal(2, 20, 48, seed=seed).to(torch.bfloat16).to(DEVICE)
-        momentum = normal(2, 20, 48, seed=seed + 1, dtype=torch.float32).to(DEVICE)
+        grad = normal(2, 24, 48, seed=seed).to(torch.bfloat16).to(DEVICE)
+        momentum = normal(2, 24, 48, seed=seed + 1, dtype=torch.float32).to(DEVICE)
         mu = torch.tensor(0.9 - seed / 10, dtype=torch.float64, device=DEVICE)
         return function(grad, momentum, mu), momentum
 

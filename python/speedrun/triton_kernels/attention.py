@@ -374,6 +374,8 @@ def tile_list(cu_seqlens: Tensor, num_tokens: int, window: int) -> Tensor:
 def _arguments(kernel: str, q: Tensor, k: Tensor, v: Tensor, window: int) -> dict:
     """What the three kernels are given alike."""
     K, E = q.shape[2], v.shape[2]
+    if (K % 16 or E % 16) and not interprets():  # 24 and 8: wrong, and out of bounds, on an H200
+        raise ValueError(f"attention in Triton: head dims are multiples of 16, got {K} and {E}")
     tile = choose_tile(kernel, window, max(K, E), shared_bytes(q.device))
     rows, steps = ("KEYS", "QUERIES") if kernel == "dkdv" else ("QUERIES", "KEYS")
     strides = zip("qkv", (q, k, v), strict=True)
