@@ -36,6 +36,7 @@ from train_helpers import (
 )
 
 MANY = [16, 32]
+SLURM_JOB = Path(__file__).parents[1] / "docs" / "slurm.sh"
 
 
 # ---- Parts of a step ----------------------------------------------------------------------------
@@ -302,6 +303,50 @@ def test_two_network_namespaces(one_host, tmp_path, namespaces):
         for i, (folder, (name, link, address)) in enumerate(zip(folders, namespaces, strict=True))
     ]
     assert losses_of(hosts, folders) == one_host
+
+
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames hosts[0-1]" ] && printf "127.0.0.1\\nlocalhost\\n"
+"""
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for host in host0 host1; do
+  (cd $host && exec "$@") &
+done
+wait -n && wait -n
+"""
+
+
+@pytest.mark.slow
+def test_slurm_job(one_host, tmp_path):
+    """The job's file, as Slurm would run it, with a folder for each of two hosts."""
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    for folder in folders:
+        folder.mkdir()
+        write_text(folder / "text.txt")
+    path = [str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]
+    variables = {
+        "PATH": os.pathsep.join(path),
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_NODELIST": "hosts[0-1]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | variables
+    job = subprocess.Popen(
+        ["bash", SLURM_JOB, "--text", "text.txt", "--out", "run", *SETS],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert losses_of([job], folders) == one_host
 
 
 @pytest.mark.slow
