@@ -266,7 +266,7 @@ class BaselineConfig:
 class Stage:
     """One stretch of the schedule. Tuples of two are (start, end), gone through linearly."""
 
-    tokens_per_step: int  # over all eight parts
+    tokens_per_step: int  # over all parts
     max_seq_len: int
     window_short: int
     window_long: int
