@@ -60,9 +60,16 @@ def a_model(attention=BOTH, dtype=BF16, **changes):
     return model
 
 
+def a_batch(model, seed=0):
+    batch, device = make_batch(model.config, 2, [0, 5, 40], seed=seed), model.embed.device
+    fields = dataclasses.asdict(batch).items()
+    moved = {name: t.to(device) for name, t in fields if isinstance(t, torch.Tensor)}
+    return dataclasses.replace(batch, **moved)
+
+
 def train_once(model, seed=0):
     """The loss, with gradients in the parameters."""
-    batch = make_batch(model.config, 2, [0, 5, 40], seed=seed)
+    batch = a_batch(model, seed)
     model.refresh_fp8(down_own_amax=True)
     loss = model.training_loss(batch, model.plan_windows(batch, WINDOWS), LossWeights())
     loss.backward()
@@ -71,12 +78,11 @@ def train_once(model, seed=0):
 
 def attend_alone(model, i, fp8, weights=None):
     """(output, input) of layer i's attention; the same numbers in each type."""
-    batch = make_batch(model.config, 2, [0, 5, 40])
-    dtype, shape = model.embed.dtype, batch.inputs_PT.shape
-    h = F.rms_norm(normal(*shape, D), (D,)).to(BF16).to(dtype).requires_grad_()
+    batch, shape = a_batch(model), (2, 40)
+    h = F.rms_norm(normal(*shape, D), (D,)).to(BF16).to(model.embed).requires_grad_()
     gates = NO_GATES
     if model.layers[i].gated:
-        xsa, gate = (normal(*shape, H, seed=s).to(BF16).to(dtype) for s in (1, 2))
+        xsa, gate = (normal(*shape, H, seed=s).to(BF16).to(model.embed) for s in (1, 2))
         gates = NO_GATES._replace(xsa=xsa, attention=gate)
     weights = model.layer_weights()[i] if weights is None else weights
     plan = model.plan_windows(batch, WINDOWS)
@@ -87,20 +93,22 @@ def attention_results(model, i, fp8=None):
     """Output of layer i's attention, the gradients of its input and weights, and of its factors."""
     out, h = attend_alone(model, i, fp8)
     leaves = (h, model.qk_bank, model.vo_bank, model.lambda_qkv, model.lambda_o)
-    grad = normal(*out.shape, seed=3).to(BF16).to(out.dtype)
+    grad = normal(*out.shape, seed=3).to(BF16).to(out)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("qk_head_dim", [None, 24], ids=["", "narrow"])
 @pytest.mark.parametrize("i", [0, 2], ids=["plain", "xsa, gated, paired"])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
-def test_a_layer_against_float64(choice, i, qk_head_dim):
+def test_a_layer_against_float64(choice, i, qk_head_dim, device):
     """Rounding to e4m3 errs by 2^-4/√3 in the mean square at most, 3.6 %, to e5m2 by 7.2 %. The
     output has gone through two products of two e4m3 numbers each, which is 7.2 %; a gradient
     through as many, and through two more with e5m2, which is √(7.2² + 2·(3.6² + 7.2²)) = 13.5 %.
     """
     exact = attention_results(a_model(choice, torch.float64, qk_head_dim=qk_head_dim), i)
-    model = a_model(choice, qk_head_dim=qk_head_dim)
+    exact = [t.to(device) for t in exact]
+    model = a_model(choice, qk_head_dim=qk_head_dim).to(device)
     model.refresh_fp8(down_own_amax=True)
     layer = model.fp8_attention.layers()[i // 2]  # layer 1 has no attention
     if layer.out is not None:  # as a forward pass before this one would leave it
@@ -210,7 +218,7 @@ def test_each_micro_batch_sets_the_next_ones_scale():
 
 def test_validation_knows_no_fp8():
     plain, model = a_model(AttentionConfig()), a_model()
-    batch = make_batch(model.config, 1, [0, 5, 40])
+    batch = a_batch(model)
     with torch.no_grad():
         losses = [m.validation_loss(batch, m.plan_windows(batch, WINDOWS)) for m in (plain, model)]
     assert losses[0] == losses[1]
@@ -219,7 +227,7 @@ def test_validation_knows_no_fp8():
 
 def test_training_begins_with_a_refresh():
     model = a_model()
-    batch = make_batch(model.config, 1, [0, 5, 40])
+    batch = a_batch(model)
     with pytest.raises(RuntimeError, match="refresh_fp8 begins each step"):
         model.training_loss(batch, model.plan_windows(batch, WINDOWS), LossWeights())
 
