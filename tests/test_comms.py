@@ -170,11 +170,9 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """By world size, the results of its ranks. Eight processes, which serve all worlds."""
+    """By world size, the results of its ranks. One process a rank serves all worlds."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(
-        ["speedrun.optim"]
-    )  # torch is imported once, not 8 times
+    multiprocessing.set_forkserver_preload(["speedrun.optim"])  # torch is imported only once
     mp.start_processes(work, (str(folder),), nprocs=max(WORLD_SIZES), start_method="forkserver")
     return {
         world_size: [
