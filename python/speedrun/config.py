@@ -454,8 +454,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     # nats per token; "gzip": what gzip -9 needs for a byte of the same validation text
     target_loss: float | Literal["gzip"] = TARGET_LOSS_MAIN
-    # recipe: bf16 parameters, and FP8 as model.mlp says. auto: float32 on CPUs, on GPUs recipe, or
-    # bf16 where they have no FP8.
+    # recipe: bf16 parameters, and FP8 as model.attention, mlp and head say. auto: float32 on CPUs,
+    # on GPUs recipe, or bf16 where they have no FP8.
     precision: Literal["auto", "recipe", "bf16", "float32"] = "auto"
     micro_batch_parts: int = 1  # parts of a step that go through the model at once
     log_interval: int = 1  # steps between training lines of the log

@@ -2,6 +2,7 @@
 
 from speedrun.ops._dispatch import backends_used, use_backend
 from speedrun.ops.adam_step import AdamTensor, adam_step
+from speedrun.ops.fp8_linear import Fp8Weight, fp8_linear
 from speedrun.ops.fp8_matmul import (
     fp8_matmul,
     fp8_matmul_add_,
@@ -26,11 +27,13 @@ __all__ = [
     "AdamTensor",
     "Fp8Head",
     "Fp8Layer",
+    "Fp8Weight",
     "Gemms",
     "PolarExpress",
     "adam_step",
     "backends_used",
     "delayed_scale",
+    "fp8_linear",
     "fp8_matmul",
     "fp8_matmul_add_",
     "fp8_matmul_drelu2",
