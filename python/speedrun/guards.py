@@ -200,9 +200,11 @@ class Guard:
         """The error that ends the run, its step dumped."""
         lines = [f"{problem}; the run is stopped."]
         if first:
-            lines.append(f"Not finite first: {'; '.join(first)}.")
+            lines.append(f"Not finite first: {'; '.join(first)}")
         dumped = self._dump(step, problem, weights)
         lines += [dumped] if dumped else []
+        if self.check == "gradient":
+            lines.append("guards.check=gradient: a gradient that is nan makes the loss nan, too.")
         if self.check != "step":
             lines.append("With --set guards.check=step the first bad tensor is named.")
         precision = ", or try --set precision=float32"

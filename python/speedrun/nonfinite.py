@@ -9,7 +9,9 @@ import contextlib
 import functools
 import itertools
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from speedrun.baseline_model import BaselineGPT, block_forward, summed_loss
 from speedrun.layer import layer_forward
 
+PACKAGE = Path(__file__).parent
 # What comes from these isn't computed: memory before it is written.
 UNWRITTEN = ("aten::empty", "aten::new_empty")
 # Masks have −inf on purpose: from these only NaN and +inf count.
@@ -31,8 +34,8 @@ class Row(NamedTuple):
     """The stream x behind a part of the model: the largest |x| and |gradient| of the step."""
 
     part: str
-    largest: float = 0.0
-    largest_gradient: float = 0.0
+    largest: float | None = None
+    largest_gradient: float | None = None  # None: no gradient came there
 
 
 class Findings(NamedTuple):
@@ -128,7 +131,7 @@ class _Watch(TorchDispatchMode):
             if self.is_backward:
                 self.backward_suspect = f"{self.part}, backward: {name} has {what}"
             else:
-                self.suspect = f"{self.part}: {name} has {what}"
+                self.suspect = f"{self.part}: {name} has {what}, from {_source_line()}"
             return
 
     def begin(self) -> None:
@@ -158,11 +161,18 @@ class _Watch(TorchDispatchMode):
         largest = float(x.detach().abs().max()) if x.numel() else 0.0
         row = self.rows.get(self.part, Row(self.part))
         before = getattr(row, field)
-        if math.isnan(largest) or largest > before:
+        if before is None or math.isnan(largest) or largest > before:
             self.rows[self.part] = row._replace(**{field: largest})
-        else:
-            self.rows[self.part] = row
         return largest
+
+
+def _source_line() -> str:
+    """ "layer.py:120": where the package calls the operator that runs."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(PACKAGE) and path != Path(__file__):
+            return f"{path.relative_to(PACKAGE)}:{frame.lineno}"
+    return "elsewhere"
 
 
 def _computes(func: Any) -> bool:
