@@ -1,6 +1,7 @@
 """30 training steps of the largest recipe: does the loss fall, how long does a step take.
 
     python -m benchmarks.training_check --json FILE [--data DIR] [--device cpu|cuda] [--recipe NAME]
+                                        [--compile off|regional|full] [--set KEY=VALUE]
 
 Tokens: the shards of --data, again and again if there are few; else made-up ones, of 200 words that
 come up as rarely as their rank, so that there is something to learn. Validates before the first and
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
+    parser.add_argument("--compile", default="auto", help="as of speedrun train (auto)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     started: list[float] = []
@@ -107,6 +109,7 @@ def main() -> int:
         train.add_arguments(options)
         command = ["--recipe", args.recipe, "--steps", str(NUM_STEPS), "--data", str(folder)]
         command += ["--repeat-data", "--device", args.device, "--out", f"{scratch}/run"]
+        command += ["--compile", args.compile]
         command += [f"--set={change}" for change in changes]
         train_args = options.parse_args(command)
         code = train.run(train_args)
@@ -120,6 +123,7 @@ def main() -> int:
         "recipe": args.recipe,
         "changes": changes,
         "data": "real" if args.data else "made up",
+        "compile": args.compile,
         "steps": NUM_STEPS,
         "first_val_loss": losses[0],
         "last_val_loss": losses[-1],

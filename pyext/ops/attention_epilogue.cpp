@@ -85,8 +85,9 @@ void attention_epilogue_bwd_out(const Tensor& y, OptionalTensor v, OptionalTenso
                                           call.optional_data(dxsa, 1, "dxsa"),
                                           call.optional_data(dgate, 1, "dgate")};
   // Tensors without elements have no addresses, their gradients neither.
-  STD_TORCH_CHECK((!call.in.alpha || (params.dv && params.dalpha)) && (!call.in.gate || params.dgate),
-                  call.op, ": dv and dxsa are needed with xsa, dgate with gate");
+  STD_TORCH_CHECK(
+      (!call.in.alpha || (params.dv && params.dalpha)) && (!call.in.gate || params.dgate), call.op,
+      ": dv and dxsa are needed with xsa, dgate with gate");
   const torch::stable::accelerator::DeviceGuard guard(call.device);
   check_launch(launch_attention_epilogue_bwd(params, current_stream(call.device)), call.op);
 }
