@@ -222,18 +222,22 @@ def test_more_runs_needed(tmp_path, capsys):
 
 
 def test_welch_against_a_baseline(tmp_path, capsys):
+    """Sets of other sizes and spreads, which Student's test would take as equal."""
+    baseline = (3.2800, 3.2835, 3.2790, 3.2815, 3.2845, 3.2775)
     ours = write_logs(tmp_path / "ours", LOSSES)
-    theirs = write_logs(tmp_path / "theirs", [loss + 0.002 for loss in LOSSES])
+    theirs = write_logs(tmp_path / "theirs", baseline)
     code, report = check_json(capsys, ours, "--baseline", theirs)
     found = report["comparison"]["loss"]
-    assert code == 0 and found["difference"] == pytest.approx(-0.002)
-    # Equal sizes and variances: Student's t with 6 degrees of freedom, p from its t.
-    t = -0.002 / (statistics.stdev(LOSSES) * math.sqrt(2 / 4))
-    assert found["p_value"] == pytest.approx(2 * record_rules._scipy_stats().t.sf(-t, 6))
-    assert found["low"] < -0.002 < found["high"]
+    shares = [statistics.variance(side) / len(side) for side in (LOSSES, baseline)]
+    difference = statistics.mean(LOSSES) - statistics.mean(baseline)
+    freedom = sum(shares) ** 2 / (shares[0] ** 2 / 3 + shares[1] ** 2 / 5)  # Welch, Satterthwaite
+    p_value = 2 * record_rules._scipy_stats().t.cdf(-abs(difference) / sum(shares) ** 0.5, freedom)
+    assert code == 0 and found["difference"] == pytest.approx(difference)
+    assert found["p_value"] == pytest.approx(p_value)
+    assert found["low"] < difference < found["high"]
     assert report["comparison"]["time_s"]["p_value"] is None  # no spread in times
     _, out, _ = check(capsys, ours, "--baseline", theirs)
-    assert "against the baseline of 4 runs" in out and "loss -0.002000" in out
+    assert "against the baseline of 6 runs" in out and f"loss {difference:+.6f}" in out
 
 
 # Rules
