@@ -21,7 +21,7 @@ from speedrun.data import BYTES, StepBatch
 from speedrun.estimate import Precision
 from speedrun.runlog import RunError
 from speedrun.step_dump import Origin
-from train_helpers import read_events, read_losses, tiny_sets, write_text
+from train_helpers import read_events, read_losses, tiny_sets, train, write_text
 
 ORIGIN = Origin(["--steps", "40"], BYTES, Precision(torch.bfloat16, fp8=True))
 BAD_STEP = 3
@@ -102,6 +102,17 @@ def test_a_later_check_keeps_the_batch_alone(folder):
     assert again.out.endswith("everything is finite\n")  # it was the weights
 
 
+def test_scales_of_fp8_are_those_before_the_step(folder):
+    """Each pass writes new ones, which a bad step makes NaN."""
+    run = train_here("fp8", optim__normuon__lr=1e15, precision="recipe")
+    weights = step_dump.read(Path("fp8/bad_step_000001")).weights
+    scales = {name: value for name, value in weights.items() if "." in name}
+    assert scales and all(value.isfinite().all() for value in scales.values())
+    again = run_here(replay, "fp8/bad_step_000001")
+    assert first_of(again.out) == first_of(run.err)
+    assert "try --set precision=float32" in run.err
+
+
 def spoiled(function, value):
     """forward_backward with a gradient that isn't finite in one step."""
 
@@ -140,6 +151,36 @@ def test_a_run_goes_on_without_a_bad_update(folder, monkeypatch):
     assert ours[-1][0] == "validation" and ours[-1][2] != theirs[-1][2]
     kinds = [event["event"] for event in read_events(Path("left_out"))]
     assert kinds.count("left_out") == 1
+
+
+@pytest.mark.slow
+def test_a_gradient_of_one_rank_stops_both(folder, monkeypatch):
+    """The message names the rank. Together they keep what one process trains on."""
+    code = (
+        "import argparse, os, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from speedrun import train\n"
+        "from test_replay import spoiled\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    train.forward_backward = spoiled(train.forward_backward, float('nan'))\n"
+        "parser = argparse.ArgumentParser(); train.add_arguments(parser)\n"
+        "sys.exit(train.run(parser.parse_args()))\n"
+    )
+    (folder / "spoilt.py").write_text(code)
+    sets = tiny_sets(schedule__num_steps=6, schedule__val_interval=6)
+    run = train(folder, "--text", "text.txt", "--out", "two", *sets, ranks=2, module="spoilt")
+    assert run.code != 0
+    for rank in (0, 1):
+        message = rf"rank {rank}: error: step {BAD_STEP}: a gradient isn't finite .*; the run is"
+        assert re.search(message, run.err), run.err
+    assert re.search(r"Not finite first: rank 1, embedding, backward: aten\.", run.err)
+    function = spoiled(program.forward_backward, float("nan"))
+    monkeypatch.setattr(program, "forward_backward", function)
+    train_here("alone")
+    name = f"bad_step_{BAD_STEP:06d}"
+    two, alone = (step_dump.read(Path(run, name)).batch for run in ("two", "alone"))
+    for name in step_dump.ARRAYS:
+        np.testing.assert_array_equal(getattr(two, name), getattr(alone, name))
 
 
 # ---- The files ----------------------------------------------------------------------------------
