@@ -378,6 +378,22 @@ def test_gradients_are_seen_without_waiting(tmp_path):
     assert "optim.normuon.lr or optim.adam.lr" in str(error.value)
 
 
+def test_what_is_dumped_later(tmp_path):
+    """The batch of the step that is named, not the last one; with what its loss needs."""
+    guard = guarded(tmp_path, check="loss")
+    guard.prefix_table = torch.arange(5)
+    for i in range(3):
+        batch = dataclasses.replace(BATCH, inputs=BATCH.inputs + i)
+        plan = dataclasses.replace(PLANS.plan(0), step=i)
+        guard.run(plan, batch, loss_of(guard.model, 2.0))
+    with pytest.raises(RunError, match=r"speedrun replay \S+bad_step_000001\n"), guard:
+        raise BadLoss("step 1: the training loss is nan", 1)
+    dump = step_dump.read(tmp_path / "bad_step_000001")
+    np.testing.assert_array_equal(dump.batch.inputs, BATCH.inputs + 1)
+    np.testing.assert_array_equal(dump.prefix_table, np.arange(5))
+    assert dump.weights is None and dump.step == 1
+
+
 def test_other_errors_pass(tmp_path):
     with pytest.raises(RunError, match=r"^full$"), guarded(tmp_path):
         raise RunError("full")
