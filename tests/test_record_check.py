@@ -10,14 +10,8 @@ import record_helpers
 from record_helpers import H100, change_header, public_log, write_run
 from speedrun import cli, record_rules
 from speedrun.record_logs import LogError, parse_log, parse_statistics, read_runs
-from speedrun.record_rules import (
-    TRACKS,
-    RecordError,
-    guess_track,
-    judge,
-    select_finished,
-    summarize,
-)
+from speedrun.record_report import judge
+from speedrun.record_rules import TRACKS, RecordError, guess_track, select_finished, summarize
 
 MAIN, OPTIMIZATION = TRACKS["main"], TRACKS["optimization"]
 LOSSES = (3.2785, 3.2775, 3.2790, 3.2780)
@@ -202,7 +196,7 @@ def test_runs_needed_is_the_smallest_number(tmp_path):
     needed = record_rules.runs_needed(found, MAIN)
 
     def p_value(n):
-        t = record_rules._scipy_stats().t
+        t = record_rules.scipy_stats().t
         return t.cdf((found.mean - 3.28) / found.std * math.sqrt(n), n - 1)
 
     assert p_value(needed) < 0.01 <= p_value(needed - 1)
@@ -226,12 +220,12 @@ def test_welch_against_a_baseline(tmp_path, capsys):
     baseline = (3.2800, 3.2835, 3.2790, 3.2815, 3.2845, 3.2775)
     ours = write_logs(tmp_path / "ours", LOSSES)
     theirs = write_logs(tmp_path / "theirs", baseline)
-    code, report = check_json(capsys, ours, "--baseline", theirs)
+    code, report = check_json(capsys, ours, "--baseline", theirs, "--experiment")
     found = report["comparison"]["loss"]
     shares = [statistics.variance(side) / len(side) for side in (LOSSES, baseline)]
     difference = statistics.mean(LOSSES) - statistics.mean(baseline)
     freedom = sum(shares) ** 2 / (shares[0] ** 2 / 3 + shares[1] ** 2 / 5)  # Welch, Satterthwaite
-    p_value = 2 * record_rules._scipy_stats().t.cdf(-abs(difference) / sum(shares) ** 0.5, freedom)
+    p_value = 2 * record_rules.scipy_stats().t.cdf(-abs(difference) / sum(shares) ** 0.5, freedom)
     assert code == 0 and found["difference"] == pytest.approx(difference)
     assert found["p_value"] == pytest.approx(p_value)
     assert found["low"] < difference < found["high"]
@@ -267,11 +261,15 @@ def test_a_record_of_our_runs_meets_all_rules(tmp_path, capsys):
         ({"device": "CPU (2 threads)"}, "8 x NVIDIA H100"),
         ({"record_obstacles": ["16 parts"]}, "tokens in order"),
         ({"config__data__repeat": True}, "tokens in order"),
+        ({"resumed": 12}, "one piece"),
     ],
 )
 def test_each_rule_can_be_broken(tmp_path, capsys, changes, name):
     for seed, loss in enumerate(LOSSES):
         write_run(tmp_path / f"run{seed}", seed, loss)
+    if step := changes.pop("resumed", None):
+        with open(tmp_path / "run1" / "metrics.jsonl", "a") as file:
+            file.write(f'{{"event": "resumed", "step": {step}}}\n')
     change_header(tmp_path / "run1", **changes)
     code, report = check_json(capsys, tmp_path)
     assert code == 1 and rule(report, name) is False
@@ -364,6 +362,37 @@ def test_judging_leaves_out_and_says(tmp_path, capsys):
     code, out, _ = check(capsys, f"{logs}/*.txt")  # a pattern that no shell has seen
     assert code == 0 and "left out: short.txt: cut short" in out
     assert judge(read_runs(logs), MAIN).excluded.keys() == {str(logs / "short.txt")}
+
+
+def test_a_systems_change_needs_no_p_value(tmp_path, capsys):
+    logs = write_logs(tmp_path / "logs", (3.2785,))
+    assert check(capsys, logs)[0] == 1
+    code, out, _ = check(capsys, logs, "--systems-only")
+    assert code == 0 and "not asked of a change of speed only" in out
+    assert check(capsys, write_logs(tmp_path / "bad", (3.2815,)), "--systems-only")[0] == 1
+
+
+def test_a_record_is_faster_than_its_baseline(tmp_path, capsys):
+    slow = write_logs(tmp_path / "slow", LOSSES)
+    fast = write_logs(tmp_path / "fast", LOSSES)
+    for path in fast.iterdir():
+        path.write_text(path.read_text().replace("train_time:1600ms", "train_time:1590ms"))
+    code, report = check_json(capsys, fast, "--baseline", slow)
+    assert code == 0 and rule(report, "faster")
+    code, report = check_json(capsys, slow, "--baseline", fast)
+    assert code == 1 and rule(report, "faster") is False
+    path = slow / "0.txt"
+    path.write_text(path.read_text().replace("H100 80GB HBM3", "H100 PCIe     "))
+    assert rule(check_json(capsys, fast, "--baseline", slow)[1], "faster") is False
+
+
+def test_a_resumed_run_counts_what_came_later(tmp_path):
+    folder = write_run(tmp_path / "run", 7, 3.2775)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"event": "resumed", "step": 16}\n')
+        file.write('{"event": "validation", "step": 20, "val_loss": 3.25, "train_time_s": 41.0}\n')
+    (run,) = read_runs(folder)
+    assert run.resumed and run.validations[-1] == (20, 3.25, 41.0) and len(run.validations) == 6
 
 
 # Published logs

@@ -40,6 +40,7 @@ class LoggedRun:
     last_step: int | None = None  # that it made
     gpus: tuple[str, ...] = ()  # a name each; empty: unknown
     clock_restart_step: int | None = None  # the printed time leaves out the steps up to here
+    resumed: bool = False  # from a checkpoint, so in two pieces
     header: dict[str, Any] = field(default_factory=dict)  # of a run of ours, else empty
     path: Path | None = None
 
@@ -116,17 +117,20 @@ def read_run_folder(folder: Path) -> LoggedRun:
         raise LogError(f"{path}: does not begin with a header event, so it is no run's file")
     header = events[0]
     schedule = header["config"]["schedule"]
+    # A resumed run has steps twice: the later ones count.
+    validations = {
+        event["step"]: Validation(event["step"], event["val_loss"], event["train_time_s"])
+        for event in events
+        if event["event"] == "validation"
+    }
     on_gpu = not header["device"].startswith("CPU")
     return LoggedRun(
         name=str(folder),
-        validations=tuple(
-            Validation(event["step"], event["val_loss"], event["train_time_s"])
-            for event in events
-            if event["event"] == "validation"
-        ),
+        validations=tuple(validations[step] for step in sorted(validations)),
         total_steps=schedule["num_steps"] + schedule["extension_steps"],
         last_step=max((event["step"] for event in events if "step" in event), default=None),
         gpus=(header["device"],) * header["world_size"] if on_gpu else (),
+        resumed=any(event["event"] == "resumed" for event in events),
         header=header,
         path=folder,
     )

@@ -1,4 +1,4 @@
-"""What a set of runs shows: statistics, the rules of its track, comparison with other runs.
+"""What a set of runs shows: statistics, and the rules of its track.
 
 Pure functions from logged runs to numbers. scipy (extra `cli`) computes the tests.
 """
@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +37,17 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Track:
-    """The rules of one kind of record. by_margin: (target − mean)·√n instead of the t-test."""
+    """The rules of one kind of record. by_margin: (target − mean)·√n instead of the t-test.
+
+    systems_only: the runs change nothing but speed, for which no p is asked.
+    """
 
     name: str
     target: float
     by_margin: bool = False
     timed: bool = True  # a claim about seconds, on the record's hardware
     may_stop_early: bool = False
+    systems_only: bool = False
 
 
 TRACKS = {
@@ -166,7 +170,7 @@ def summarize(finished: Sequence[FinishedRun], target: float) -> Statistics:
     std = statistics.stdev(losses) if several and all(map(math.isfinite, losses)) else None
     p_value = None
     if std:
-        p_value = float(_scipy_stats().ttest_1samp(losses, target, alternative="less").pvalue)
+        p_value = float(scipy_stats().ttest_1samp(losses, target, alternative="less").pvalue)
     mean = math.fsum(losses) / len(losses)
     return Statistics(
         num_runs=len(losses),
@@ -183,7 +187,7 @@ def summarize(finished: Sequence[FinishedRun], target: float) -> Statistics:
     )
 
 
-def _scipy_stats() -> Any:
+def scipy_stats() -> Any:
     try:
         from scipy import stats
     except ImportError:
@@ -206,7 +210,7 @@ def runs_needed(found: Statistics, track: Track) -> int | None:
     std = ASSUMED_STD if found.std is None else found.std
     if std == 0:
         return None
-    t = _scipy_stats().t
+    t = scipy_stats().t
     for num_runs in range(2, MAX_RUNS_NEEDED + 1):
         distance = (found.mean - track.target) / std * math.sqrt(num_runs)
         if t.cdf(distance, num_runs - 1) < RECORD_P_VALUE:
@@ -215,9 +219,13 @@ def runs_needed(found: Statistics, track: Track) -> int | None:
 
 
 def check_rules(
-    finished: Sequence[FinishedRun], found: Statistics, track: Track, experiment: bool = False
+    finished: Sequence[FinishedRun],
+    found: Statistics,
+    track: Track,
+    experiment: bool = False,
+    baseline: Sequence[FinishedRun] = (),
 ) -> list[Rule]:
-    """Every rule of the track; without those of a claim for an experiment."""
+    """Every rule of the track, the loss's first; without those of a claim for an experiment."""
     rules = [
         _loss_rule(found, track),
         _finite_rule(finished),
@@ -227,8 +235,9 @@ def check_rules(
     ]
     if not experiment:
         rules += [_validation_rule(finished), _untrained_rule(finished), _tokens_rule(finished)]
-        rules += [_sources_rule(finished)]
+        rules += [_sources_rule(finished), _one_piece_rule(finished)]
         rules += [_hardware_rule(finished)] if track.timed else []
+        rules += [_faster_rule(finished, baseline)] if track.timed and baseline else []
     return rules
 
 
@@ -237,6 +246,10 @@ def _loss_rule(found: Statistics, track: Track) -> Rule:
         # 1e-9: a mean of 3.276 in one run meets the rule, whatever its last bit.
         met = found.margin >= OPTIMIZATION_MARGIN - 1e-9
         detail = f"(target − mean)·√n = {found.margin:.5f}, at least {OPTIMIZATION_MARGIN} needed"
+    elif track.systems_only:
+        met = found.mean < track.target
+        p_value = "none" if found.p_value is None else f"{found.p_value:.10f}"
+        detail = f"mean {found.mean:.6f}; p ({p_value}) is not asked of a change of speed only"
     elif found.p_value is None:
         met = False
         detail = "one run has no std" if found.num_runs == 1 else "these losses have no std"
@@ -347,6 +360,15 @@ def _sources_rule(finished: Sequence[FinishedRun]) -> Rule:
     return Rule(name, met, ", ".join(commits), of_claim=True)
 
 
+def _one_piece_rule(finished: Sequence[FinishedRun]) -> Rule:
+    """A run that was resumed has a clock of two machines."""
+    name = "each run in one piece"
+    if not all(run.header for run, _ in finished):
+        return Rule(name, None, "these logs don't say", of_claim=True)
+    resumed = [run.name for run, _ in finished if run.resumed]
+    return Rule(name, not resumed, f"resumed: {', '.join(resumed)}" if resumed else "all are", True)
+
+
 def _hardware_rule(finished: Sequence[FinishedRun]) -> Rule:
     name = f"{RECORD_NUM_GPUS} x {RECORD_GPU}"
     for run, _ in finished:
@@ -362,138 +384,26 @@ def _hardware_rule(finished: Sequence[FinishedRun]) -> Rule:
     return Rule(name, True, "; ".join(sorted({hardware_text(run) for run, _ in finished})), True)
 
 
+def _faster_rule(finished: Sequence[FinishedRun], baseline: Sequence[FinishedRun]) -> Rule:
+    """Mean time below that of the baseline on the same hardware."""
+    name = "faster than the baseline on the same hardware"
+    ours, theirs = ({hardware_text(run) for run, _ in side} for side in (finished, baseline))
+    times = [
+        [final.train_time_s for _, final in side if final.train_time_s is not None]
+        for side in (finished, baseline)
+    ]
+    if "" in ours | theirs or not all(times):
+        return Rule(name, None, "times or hardware are not given", of_claim=True)
+    if ours != theirs:
+        detail = f"{'; '.join(sorted(ours))} against {'; '.join(sorted(theirs))}"
+        return Rule(name, False, detail, of_claim=True)
+    means = [statistics.mean(side) for side in times]
+    detail = f"{means[0]:.3f} s against {means[1]:.3f} s"
+    return Rule(name, means[0] < means[1], detail, of_claim=True)
+
+
 def hardware_text(run: LoggedRun) -> str:
     """Such as "8 x NVIDIA H100 80GB HBM3"; "" where the log doesn't say."""
     if not run.gpus:
         return run.header.get("device", "")
     return ", ".join(f"{count} x {name}" for name, count in Counter(run.gpus).items())
-
-
-def compare(
-    finished: Sequence[FinishedRun], baseline: Sequence[FinishedRun]
-) -> dict[str, dict[str, float | None]]:
-    """Welch's t-test of losses and times against the baseline's, by "loss" and "time_s".
-
-    difference: ours minus theirs, with its 95 % interval and the two-sided p; None with fewer
-    than two values on a side.
-    """
-    both = (finished, baseline)
-    return {
-        "loss": _welch(*([final.loss for _, final in side] for side in both)),
-        "time_s": _welch(
-            *(
-                [final.train_time_s for _, final in side if final.train_time_s is not None]
-                for side in both
-            )
-        ),
-    }
-
-
-def _welch(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
-    result = dict.fromkeys(("baseline_mean", "difference", "low", "high", "p_value"))
-    if theirs:
-        result["baseline_mean"] = statistics.mean(theirs)
-    if ours and theirs:
-        result["difference"] = statistics.mean(ours) - statistics.mean(theirs)
-    spread = min(len(ours), len(theirs)) > 1 and len({*ours}) + len({*theirs}) > 2
-    if spread:
-        test = _scipy_stats().ttest_ind(ours, theirs, equal_var=False)
-        interval = test.confidence_interval(0.95)
-        result |= {
-            "low": float(interval.low),
-            "high": float(interval.high),
-            "p_value": float(test.pvalue),
-        }
-    return result
-
-
-def judge(
-    runs: Sequence[LoggedRun],
-    track: Track,
-    baseline: Sequence[LoggedRun] = (),
-    stop_step: int | None = None,
-    experiment: bool = False,
-) -> Report:
-    """Everything at once. RecordError where no run, or no run of the baseline, is finished."""
-    finished, excluded = select_finished(runs, track, stop_step)
-    if not finished:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in excluded.items())
-        raise RecordError(f"no finished run among these logs{reasons}")
-    found = summarize(finished, track.target)
-    base, base_excluded = select_finished(baseline, track)
-    if baseline and not base:
-        raise RecordError(f"--baseline: no finished run; {'; '.join(base_excluded.values())}")
-    return Report(
-        track=track,
-        finished=tuple(finished),
-        excluded=excluded,
-        statistics=found,
-        rules=tuple(check_rules(finished, found, track, experiment)),
-        runs_needed=runs_needed(found, track),
-        baseline=tuple(base),
-        baseline_excluded=base_excluded,
-        comparison=compare(finished, base) if base else None,
-        experiment=experiment,
-    )
-
-
-@dataclass(frozen=True)
-class Report:
-    track: Track
-    finished: tuple[FinishedRun, ...]
-    excluded: dict[str, str]
-    statistics: Statistics
-    rules: tuple[Rule, ...]
-    runs_needed: int | None
-    baseline: tuple[FinishedRun, ...]
-    baseline_excluded: dict[str, str]
-    comparison: dict[str, dict[str, float | None]] | None
-    experiment: bool
-
-    @property
-    def broken(self) -> list[Rule]:
-        return [rule for rule in self.rules if rule.met is False]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, without NaN. The keys are a contract (schema 1)."""
-        return {
-            "schema": 1,
-            "track": self.track.name,
-            "target": self.track.target,
-            "experiment": self.experiment,
-            "met": not self.broken,
-            "statistics": {k: _finite_or_none(v) for k, v in asdict(self.statistics).items()},
-            "rules": [
-                {"name": rule.name, "met": rule.met, "detail": rule.detail} for rule in self.rules
-            ],
-            "runs_needed": self.runs_needed,
-            "runs": [_run_json(entry) for entry in self.finished],
-            "excluded": [{"name": n, "reason": r} for n, r in self.excluded.items()],
-            "baseline": [_run_json(entry) for entry in self.baseline],
-            "baseline_excluded": [
-                {"name": n, "reason": r} for n, r in self.baseline_excluded.items()
-            ],
-            "comparison": self.comparison
-            and {
-                what: {key: _finite_or_none(value) for key, value in row.items()}
-                for what, row in self.comparison.items()
-            },
-        }
-
-
-def _run_json(entry: FinishedRun) -> dict[str, Any]:
-    run, final = entry
-    return {
-        "name": run.name,
-        "step": final.step,
-        "total_steps": run.total_steps,
-        "val_loss": _finite_or_none(final.loss),
-        "train_time_s": final.train_time_s,
-        "seed": run.seed,
-        "hardware": hardware_text(run),
-        "clock_restart_step": run.clock_restart_step,
-    }
-
-
-def _finite_or_none(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value

@@ -13,15 +13,8 @@ from pathlib import Path
 
 from speedrun._text_table import text_table
 from speedrun.record_logs import LogError, LoggedRun, read_runs
-from speedrun.record_rules import (
-    TRACKS,
-    RecordError,
-    Report,
-    Track,
-    guess_track,
-    hardware_text,
-    judge,
-)
+from speedrun.record_report import Report, judge
+from speedrun.record_rules import TRACKS, RecordError, Track, guess_track, hardware_text
 
 MET, NOT_MET, UNREADABLE = 0, 1, 2  # exit codes
 MARKS = {True: "met", False: "NOT MET", None: "unknown"}
@@ -62,6 +55,9 @@ def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-step", type=int, metavar="STEP", help="count the validation at this step, not last"
     )
     parser.add_argument(
+        "--systems-only", action="store_true", help="a change of speed only, of which no p is asked"
+    )
+    parser.add_argument(
         "--experiment", action="store_true", help="no claim: any hardware, sources and data"
     )
 
@@ -83,6 +79,7 @@ def _judge(args: argparse.Namespace) -> Report:
     runs = _read(args.logs)
     runs = runs if args.json else _short_names(runs)
     track = choose_track(runs, args.track, args.target)
+    track = dataclasses.replace(track, systems_only=args.systems_only)
     experiment = args.experiment or track.name not in TRACKS
     return judge(runs, track, _read(args.baseline), args.stop_step, experiment)
 
