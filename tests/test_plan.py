@@ -36,6 +36,14 @@ def report_of(*words):
     return plan.make_report(parser.parse_args(words))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_records(tmp_path_factory):
+    """What the checkout's records hold changes with each measurement."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "RECORDS", tmp_path_factory.mktemp("records"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def record():
     return report_of("--recipe", "record_089")
@@ -326,11 +334,25 @@ def test_json_has_no_nan_where_a_gpu_has_no_fp8(capsys):
 
 
 @pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("h100", "NVIDIA H100 80GB HBM3"),
+        ("H100-PCIe", "NVIDIA H100 PCIe"),
+        ("NVIDIA H200 NVL", "NVIDIA H200 NVL"),
+        ("4090", "NVIDIA GeForce RTX 4090"),
+    ],
+)
+def test_gpus_by_some_of_their_words(text, name):
+    assert plan.gpu_named(text) == name
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--gpu", "cpu"], "'cpu'.*(?s:.)*NVIDIA H100 80GB HBM3(?s:.)*speedrun train"),
         (["--gpu", ""], "no rates are known"),
         (["--gpu", "H10"], "no rates are known"),
+        (["--gpu", "h100 l4"], "no rates are known"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--gpus-per-node", "0"], "--gpus-per-node 0"),
         (["--gpus", "7"], "7 ranks: .*use 1, 2, 4, 8"),
@@ -356,7 +378,7 @@ def write_record(folder, name, gpu, **steps):
 
 def test_measured_roofs_replace_assumptions(tmp_path):
     gpu = "NVIDIA H100 80GB HBM3"
-    roofs = [{"copy": 3e12, "bf16": 7e14, "fp8": None}, {"copy": 2e12}, {"copy": 9e12}]
+    roofs = [{"copy": 2e12, "bf16": 7e14, "fp8": None}, {"copy": 9e12}, {"copy": 3e12}]
     benches = {f"bench {i}": {"roofs": found} for i, found in enumerate(roofs)}
     write_record(tmp_path, "h100.json", gpu, build={"verdict": "pass"}, **benches)
     write_record(tmp_path, "other.json", "NVIDIA H200", bench={"roofs": {"fp8": 1.0}})
