@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from speedrun import hardware, step_dump
+from speedrun import guards, hardware, step_dump
 from speedrun import train as program
 from speedrun.commands import replay
 from speedrun.data import BYTES, StepBatch
 from speedrun.estimate import Precision
+from speedrun.prefix_table import NO_PREFIX
 from speedrun.runlog import RunError
 from speedrun.step_dump import Origin
 from train_helpers import read_events, read_losses, tiny_sets, train, write_text
@@ -93,10 +94,14 @@ def test_replay_finds_the_same(folder, diverged):
     assert "embed[" in bf16.out and "bfloat16 has NaN" in bf16.out
 
 
-def test_a_later_check_keeps_the_batch_alone(folder):
+def test_a_later_check_keeps_the_batch_alone(folder, monkeypatch):
+    """With the table of the prefix loss, where there is one."""
+    table = torch.full((272,), NO_PREFIX)
+    monkeypatch.setattr(program, "load_prefix_table", lambda *_: table)
     run = train_here("later", optim__normuon__lr=1e15, guards__check="loss")
     assert "With --set guards.check=step the first bad tensor is named." in run.err
     assert re.match(r"parameter \w+\[0\] .* has NaN$", first_of(run.err))
+    np.testing.assert_array_equal(step_dump.read(Path("later/bad_step_000001")).prefix_table, table)
     again = run_here(replay, "later/bad_step_000001")
     assert "weights: the start values of seed 0, since the dump has none" in again.out
     assert again.out.endswith("everything is finite\n")  # it was the weights
@@ -140,6 +145,7 @@ def test_a_run_goes_on_without_a_bad_update(folder, monkeypatch):
     usual = train_here("usual")
     function = spoiled(program.forward_backward, float("nan"))
     monkeypatch.setattr(program, "forward_backward", function)
+    monkeypatch.setattr(guards.LossTrend, "z", lambda *_: 7.0)
     run = train_here("left_out", guards__skip_nonfinite="true")
     assert (usual.code, run.code) == (0, 0), run.err
     assert f"step {BAD_STEP}: a gradient isn't finite" in run.out
@@ -151,6 +157,8 @@ def test_a_run_goes_on_without_a_bad_update(folder, monkeypatch):
     assert ours[-1][0] == "validation" and ours[-1][2] != theirs[-1][2]
     kinds = [event["event"] for event in read_events(Path("left_out"))]
     assert kinds.count("left_out") == 1
+    assert kinds.count("outlier") == len(steps)
+    assert " is 7.0 standard deviations above the trend of " in run.out
 
 
 @pytest.mark.slow
