@@ -12,7 +12,7 @@ import torch
 from speedrun import estimate, hardware, recipes, roofline, traffic
 from speedrun.commands import plan
 from speedrun.config import AttentionConfig, BaselineConfig, ConfigError, LayerSpec, Windows
-from speedrun.estimate import Gemm, Precision
+from speedrun.estimate import Gemm, Precision, Work
 from speedrun.optim import placements
 from speedrun.plan_check import train_times, with_total_steps
 from speedrun.record_logs import LogError
@@ -198,6 +198,40 @@ def test_passes_of_what_a_layer_has(change, forward, backward):
     plain, more = moved(LayerSpec()), moved(LayerSpec(**change))
     D = model.model_dim * 2
     assert [b - a for a, b in zip(plain, more, strict=True)] == [forward * D, backward * D]
+
+
+ALL_FP8 = {name: "fp8" for name in traffic.MLP_PRODUCTS}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "forward", "backward"),
+    [
+        # Read for the maximum and to be converted, written; relu² in FP8 from its product.
+        ({"up": "fp8", "down": "fp8"}, 2 * 2 * 768 + 768 + 3072, 0),
+        # Everything in two layouts; the gradient that comes in is read in bf16.
+        (ALL_FP8, 2 * 2 * 768 + 2 * (768 + 3072), 2 * (3072 + 768) + 2 * 768),
+    ],
+)
+def test_fp8_copies_by_hand(kinds, forward, backward):
+    model = with_vocabulary(recipes.load("record_089")).model
+    bf16 = dict.fromkeys(traffic.MLP_PRODUCTS, "bf16")
+    mlp = dataclasses.replace(model.mlp, x_scale="current", **(bf16 | kinds))
+    model = dataclasses.replace(model, mlp=mlp)
+    found = traffic.between_products(model, RECIPE)["FP8 copies"]
+    assert (found.forward_bytes, found.backward_bytes) == (11 * forward, 11 * backward)
+    assert traffic.between_products(model, BF16)["FP8 copies"] == Work()
+
+
+def test_collectives_of_a_record_step_by_hand():
+    """Two for three banks, embed, head, value_embeds; four for the bigram table's rows; a sum of
+    small parameters for each of two types."""
+    config = with_vocabulary(recipes.load("record_089"))
+    model = estimate.meta_model(config.model, RECIPE)
+    by = changed(FIGURES, "link", math.inf)
+    for step, collectives in ((848, 6), (849, 18)):  # Adam has none in the first
+        plan = Schedule(config.schedule).plan(step)
+        parts = roofline.step_seconds(config, model, RECIPE, plan, Cluster(8, 8, 132), by)
+        assert parts["messages, exposed"] == pytest.approx(collectives * by["collective"].value)
 
 
 def test_loss_and_gradient_bytes_by_hand():
