@@ -107,6 +107,7 @@ def test_metrics(first_run, folder):
     assert header["event"] == "header" and header["world_size"] == 1
     assert header["environment"]["torch"] == torch.__version__
     assert header["environment"]["commit"] and header["dtype"] == "torch.float32"
+    assert {"triton", "cpu", "gpu_states"} <= header["environment"].keys()
     assert re.fullmatch("[0-9a-f]{64}", header["sources"]["model.py"])
     assert header["config"] == json.loads((folder / "one" / "config.json").read_text())
     assert kernels["event"] == "kernels"

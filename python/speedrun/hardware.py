@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -105,6 +106,43 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def cpu_model() -> str:
+    """Such as "AMD EPYC 9V74 80-Core Processor"; the architecture where the system doesn't tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+GPU_STATE_KEYS = (
+    "name",
+    "driver_version",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.limit",
+    "temperature.gpu",
+    "ecc.mode.current",
+    "mig.mode.current",
+)
+
+
+def gpu_states() -> list[dict[str, str]]:
+    """What the driver says of each GPU of this machine now; none where there is no driver."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE_KEYS)}", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if run.returncode:
+        return []
+    rows = [[value.strip() for value in line.split(",")] for line in run.stdout.splitlines()]
+    return [dict(zip(GPU_STATE_KEYS, row, strict=True)) for row in rows]
 
 
 def process_age_s() -> float:

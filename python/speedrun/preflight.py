@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -43,7 +42,7 @@ from speedrun.tokenizer import Tokenizer
 LOG_BYTES = 16 << 20  # of logs and pictures: those of 10,000 steps take a tenth of it
 PAGE_BYTES, PAGES_A_SHARD = 4096, 64  # of a shard, that its fingerprint reads behind the header
 SURE_MEMORY = ("parameters", "gradients", "optimizer state", "fixed tables")
-SAME_VERSIONS = ("speedrun", "python", "torch", "numpy", "cuda")  # of `environment`
+SAME_VERSIONS = ("speedrun", "python", "torch", "numpy", "triton", "cuda")  # of `environment`
 SAME_ARGUMENTS = ("seed", "compile", "device")
 MOST_DIFFERENCES = 12  # said one by one
 
@@ -195,20 +194,12 @@ def run_facts(
     """Settings, versions and sources: ranks that differ in one would train different models."""
     versions = {name: environment()[name] for name in SAME_VERSIONS}
     facts = {f"version of {name}": version for name, version in versions.items()}
-    facts["version of triton"] = _installed("triton")
     facts["NVIDIA driver"] = _driver() if device.type == "cuda" else "none"
     facts |= {f"--{name}": getattr(args, name) for name in SAME_ARGUMENTS}
     facts |= {"type of parameters": precision.dtype, "FP8": precision.fp8}
     facts |= dict(_flat("config", to_dict(config)))
     facts |= {f"source {path}": digest[:16] for path, digest in source_hashes().items()}
     return {key: str(value) for key, value in facts.items()}
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def _driver() -> str:

@@ -1,12 +1,14 @@
 """What a run leaves behind: log.txt (the public format), metrics.jsonl, config.json, loss.png.
 
-Only rank 0 writes. Lines are flushed as they are made, so that a run that dies keeps them.
+Only rank 0 writes. Lines are flushed as they are made, so that a run that dies keeps them; with the
+header and with each validation they are on the disk, so that a machine that dies keeps them too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 import speedrun
+from speedrun import hardware
 from speedrun.comms import Comms
 from speedrun.config import Config, to_dict
 from speedrun.schedule import StepPlan
@@ -117,6 +120,14 @@ def git_commit() -> str:
     return result.stdout.strip() or "none"
 
 
+def triton_version() -> str:
+    """Of the installed package, or "none"; importing it would take a second."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the log's header."""
     has_gpu = torch.cuda.is_available()
@@ -126,11 +137,11 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
+        "triton": triton_version(),
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu": hardware.cpu_model(),
+        "cpus": hardware.num_cpus(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if has_gpu
         else [],
@@ -165,7 +176,7 @@ class RunLog:
             return
         values = {
             "config": to_dict(config),
-            "environment": environment(),
+            "environment": environment() | {"gpu_states": hardware.gpu_states()},
             "sources": source_hashes(),
             **facts,
         }
@@ -177,6 +188,7 @@ class RunLog:
         self._write(f"sources: {len(values['sources'])} files, sha256 {digest} of their hashes")
         self._write(json.dumps(values["config"]))
         self._write("=" * 100)
+        self._to_disk()
 
     def kernels(self, used: dict[str, tuple[str, ...]], attention: dict[str, str]) -> None:
         """What serves each operator, known after the warm-up; attention's backends by shape too."""
@@ -210,6 +222,7 @@ class RunLog:
         self.val_loss = loss
         self._event("validation", step=step, val_loss=loss, train_time_s=train_time_s)
         self.say(format_line(step, self.total_steps, "val_loss", loss, train_time_s))
+        self._to_disk()
 
     def training(self, step: int, loss: float, train_time_s: float, tokens_done: int) -> None:
         """After `step` steps: the last one's mean loss, and the training tokens seen so far."""
@@ -240,6 +253,12 @@ class RunLog:
     def _event(self, kind: str, **values: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(json.dumps({"event": kind, **values}) + "\n")
+
+    def _to_disk(self) -> None:
+        """What was written so far outlives the machine; while the clock stands still."""
+        for file in (self._text, self._metrics):
+            if file is not None:
+                os.fsync(file.fileno())
 
     def _write(self, line: str) -> None:
         self._text.write(line + "\n")
