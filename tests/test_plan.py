@@ -222,6 +222,30 @@ def test_fp8_copies_by_hand(kinds, forward, backward):
     assert traffic.between_products(model, BF16)["FP8 copies"] == Work()
 
 
+@pytest.mark.parametrize(
+    ("changes", "roles", "forward", "backward"),
+    [
+        ({"qkv": "fp8"}, {}, 2 + 1, 0),  # read in bf16, written
+        ({"qkv": "fp8", "x_scale": "current"}, {}, 2 * 2 + 1, 0),
+        ({"out": "fp8"}, {}, 2 + 1, 0),
+        ({"out": "fp8"}, {"xsa": True}, 1, 0),
+        ({"dx": "fp8"}, {}, 0, 0),
+        # Gradients of output, queries, keys and values: read twice in bf16, written.
+        ({"qkv": "fp8", "out": "fp8", "dx": "fp8"}, {}, 2 * (2 + 1), 4 * (2 * 2 + 1)),
+    ],
+)
+def test_fp8_copies_of_projections_by_hand(changes, roles, forward, backward):
+    bf16 = dict.fromkeys(traffic.MLP_PRODUCTS, "bf16")
+    model = small_config().model
+    mlp = dataclasses.replace(model.mlp, **bf16)
+    model = dataclasses.replace(
+        model, layers=(LayerSpec(**roles),), mlp=mlp, attention=AttentionConfig(**changes)
+    )
+    found = traffic.between_products(model, RECIPE)["FP8 copies"]
+    D = model.model_dim
+    assert (found.forward_bytes, found.backward_bytes) == (D * forward, D * backward)
+
+
 def test_collectives_of_a_record_step_by_hand():
     """Two for three banks, embed, head, value_embeds; four for the bigram table's rows; a sum of
     small parameters for each of two types."""

@@ -79,6 +79,8 @@ def between_products(config: ModelConfig | BaselineConfig, precision: Precision)
                 add_passes("behind attention", (3, 5) if layer.xsa else (2, 3))
             if layer.dc:
                 add_passes("behind attention", (6, 14))
+            if precision.fp8:
+                _add_projections(config, layer, add)
         add_passes("residual streams", *_layer_mixes(config, layer, first=i == 0))
         _add_mlp(config, precision, add)
     if any(layer.mudd for layer in config.active_layers):
@@ -97,6 +99,26 @@ def _layer_mixes(config: ModelConfig, layer: LayerSpec, first: bool) -> list[tup
         streams = (config.gates != "none") + (config.bigram_dim > 0 and not first)
         mixes.append(_mix(2 + streams, shared=streams))
     return mixes
+
+
+def _add_projections(config: ModelConfig, layer: LayerSpec, add: Callable) -> None:
+    """FP8 copies of what goes into attention's projections, and of the gradients behind them.
+
+    XSA's and the gate's kernel writes the copy of the output's input itself.
+    """
+    D, qkv = config.model_dim, 2 * config.num_heads * config.qk_dim + config.model_dim
+    attention = config.attention
+    read = written = gradients = 0
+    if attention.qkv == "fp8":
+        read += 2 * D if attention.x_scale == "current" else D
+        written += D
+    if attention.out == "fp8":
+        read += 0 if layer.xsa or layer.gated else D
+        written += D
+    if attention.dx == "fp8":  # by their own maximum
+        gradients = qkv * (attention.qkv == "fp8") + D * (attention.out == "fp8")
+    add("FP8 copies", read, 2 * gradients)
+    add("FP8 copies", written, gradients, FP8_BYTES)
 
 
 def _add_mlp(config: ModelConfig, precision: Precision, add: Callable) -> None:
