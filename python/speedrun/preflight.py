@@ -192,8 +192,8 @@ def run_facts(
     args: argparse.Namespace, config: Config, device: torch.device, precision: Precision
 ) -> Facts:
     """Settings, versions and sources: ranks that differ in one would train different models."""
-    versions = {name: environment()[name] for name in SAME_VERSIONS}
-    facts = {f"version of {name}": version for name, version in versions.items()}
+    versions = environment()
+    facts = {f"version of {name}": versions[name] for name in SAME_VERSIONS}
     facts["NVIDIA driver"] = _driver() if device.type == "cuda" else "none"
     facts |= {f"--{name}": getattr(args, name) for name in SAME_ARGUMENTS}
     facts |= {"type of parameters": precision.dtype, "FP8": precision.fp8}
