@@ -134,7 +134,10 @@ def test_a_bad_gradient_with_a_finite_loss(folder, monkeypatch):
     function = spoiled(program.forward_backward, float("inf"))
     monkeypatch.setattr(program, "forward_backward", function)
     run = train_here("gradient")
-    assert f"error: step {BAD_STEP}: a gradient isn't finite (the training loss is " in run.err
+    assert (
+        f"error: step {BAD_STEP}: the gradients' norm isn't finite (the training loss is "
+        in run.err
+    )
     assert first_of(run.err).startswith("embedding, backward: aten.")  # behind all layers
     later = train_here("gradient_later", guards__check="gradient")
     assert f"error: step {BAD_STEP}: the training loss is nan" in later.err
@@ -148,7 +151,7 @@ def test_a_run_goes_on_without_a_bad_update(folder, monkeypatch):
     monkeypatch.setattr(guards.LossTrend, "z", lambda *_: 7.0)
     run = train_here("left_out", guards__skip_nonfinite="true")
     assert (usual.code, run.code) == (0, 0), run.err
-    assert f"step {BAD_STEP}: a gradient isn't finite" in run.out
+    assert f"step {BAD_STEP}: the gradients' norm isn't finite" in run.out
     ours, theirs = (read_losses(Path(name)) for name in ("left_out", "usual"))
     steps = [step for kind, step, _ in ours if kind == "training"]
     assert steps == [1, 2, 3, 5, 6]  # after so many
@@ -179,7 +182,9 @@ def test_a_gradient_of_one_rank_stops_both(folder, monkeypatch):
     run = train(folder, "--text", "text.txt", "--out", "two", *sets, ranks=2, module="spoilt")
     assert run.code != 0
     for rank in (0, 1):
-        message = rf"rank {rank}: error: step {BAD_STEP}: a gradient isn't finite .*; the run is"
+        message = (
+            rf"rank {rank}: error: step {BAD_STEP}: the gradients' norm isn't finite .*; the run is"
+        )
         assert re.search(message, run.err), run.err
     assert re.search(r"Not finite first: rank 1, embedding, backward: aten\.", run.err)
     function = spoiled(program.forward_backward, float("nan"))

@@ -121,7 +121,7 @@ class Guard:
         loss = compute()
         # One number for both: a NaN gradient is one NaN more in the loss's sum over the ranks.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        marked = loss + 0.0 * get_total_norm(gradients, math.inf).to(loss.dtype)
+        marked = loss + 0.0 * get_total_norm(gradients).to(loss.dtype)
         if self.check == "gradient":
             return marked, True
         totals = torch.stack([loss, marked])
@@ -157,7 +157,7 @@ class Guard:
         if not math.isfinite(mean):
             return f"the training loss is {mean}"
         if not math.isfinite(marked_mean):
-            return f"a gradient isn't finite (the training loss is {mean:.4f})"
+            return f"the gradients' norm isn't finite (the training loss is {mean:.4f})"
         z, at_least = self.trend.z(plan, mean), self.config.guards.skip_z
         self.trend.add(plan, mean)
         if z >= at_least > 0:
@@ -187,7 +187,7 @@ class Guard:
         self._put_back(scales)
         found = self.comms.gather_objects(first)
         if self.comms.world_size == 1:
-            return [first or "not seen again when the step was run once more, uncompiled"]
+            return [first or "nothing, when the step was run again, uncompiled"]
         return [f"rank {rank}, {text}" for rank, text in enumerate(found) if text]
 
     def _refusal(
