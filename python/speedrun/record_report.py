@@ -29,8 +29,8 @@ def compare(
 ) -> dict[str, dict[str, float | None]]:
     """Welch's t-test of losses and times against the baseline's, by "loss" and "time_s".
 
-    difference: ours minus theirs, with its 95 % interval and the two-sided p; None with fewer
-    than two values on a side.
+    difference: ours minus theirs, with its 95 % interval and the two-sided p; None where a
+    side has no spread.
     """
     both = (finished, baseline)
     return {
@@ -50,8 +50,7 @@ def _welch(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
         result["baseline_mean"] = statistics.mean(theirs)
     if ours and theirs:
         result["difference"] = statistics.mean(ours) - statistics.mean(theirs)
-    spread = min(len(ours), len(theirs)) > 1 and len({*ours}) + len({*theirs}) > 2
-    if spread:
+    if len({*ours}) > 1 and len({*theirs}) > 1:
         test = scipy_stats().ttest_ind(ours, theirs, equal_var=False)
         interval = test.confidence_interval(0.95)
         result |= {
@@ -89,6 +88,7 @@ def judge(
         baseline_excluded=base_excluded,
         comparison=compare(finished, base) if base else None,
         experiment=experiment,
+        stop_step=stop_step,
     )
 
 
@@ -104,6 +104,7 @@ class Report:
     baseline_excluded: dict[str, str]
     comparison: dict[str, dict[str, float | None]] | None
     experiment: bool
+    stop_step: int | None
 
     @property
     def broken(self) -> list[Rule]:
@@ -116,6 +117,8 @@ class Report:
             "track": self.track.name,
             "target": self.track.target,
             "experiment": self.experiment,
+            "systems_only": self.track.systems_only,
+            "stop_step": self.stop_step,
             "met": not self.broken,
             "statistics": {k: _finite_or_none(v) for k, v in asdict(self.statistics).items()},
             "rules": [

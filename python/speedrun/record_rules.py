@@ -35,6 +35,10 @@ class RecordError(ValueError):
     """Runs that can't be judged. The message says why, and what to give instead."""
 
 
+class RecordRefused(RecordError):
+    """Runs of which the rules allow no folder. The message names the rules."""
+
+
 @dataclass(frozen=True)
 class Track:
     """The rules of one kind of record. by_margin: (target − mean)·√n instead of the t-test.

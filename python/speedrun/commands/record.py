@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import glob
 import json
 import os
@@ -12,16 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedrun._text_table import text_table
+from speedrun.record_folder import Title, claim, make_folder, update_table
 from speedrun.record_logs import LogError, LoggedRun, read_runs
 from speedrun.record_report import Report, judge
-from speedrun.record_rules import TRACKS, RecordError, Track, guess_track, hardware_text
+from speedrun.record_rules import (
+    TRACKS,
+    RecordError,
+    RecordRefused,
+    Track,
+    guess_track,
+    hardware_text,
+)
 
 MET, NOT_MET, UNREADABLE = 0, 1, 2  # exit codes
 MARKS = {True: "met", False: "NOT MET", None: "unknown"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="check|make")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="check|make|table")
     check = verbs.add_parser(
         "check",
         help="judge logs",
@@ -32,6 +41,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_judge_arguments(check)
     check.add_argument(
         "--json", action="store_true", help="everything as JSON (keys: Report.to_json, schema 1)"
+    )
+    check.set_defaults(action=_check)
+    make = verbs.add_parser(
+        "make",
+        help="make a record's folder of run folders",
+        description="README with claim, rules and table, config, environment, hashes, logs and "
+        "curves, in a new folder. Exit code: 0 made, 1 refused by the rules, 2 nothing to judge.",
+    )
+    _add_judge_arguments(make)
+    make.add_argument("--slug", required=True, help="the folder is named DATE_SLUG")
+    make.add_argument("--title", help="heading of its README (default: the slug)")
+    make.add_argument("--text", default="", help="a paragraph on what was done")
+    make.add_argument("--date", default=f"{datetime.date.today()}", help="default: today")
+    _add_out(make)
+    make.set_defaults(action=_make)
+    table = verbs.add_parser("table", help="write the table of all folders into their README.md")
+    _add_out(table)
+    table.set_defaults(action=_table)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("records"), metavar="DIR", help="default: records"
     )
 
 
@@ -64,10 +96,17 @@ def _add_judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        report = _judge(args)
+        return args.action(args)
+    except RecordRefused as error:
+        code, message = NOT_MET, error
     except (LogError, RecordError) as error:
-        print(f"speedrun record: error: {error}", file=sys.stderr)
-        return UNREADABLE
+        code, message = UNREADABLE, error
+    print(f"speedrun record: error: {message}", file=sys.stderr)
+    return code
+
+
+def _check(args: argparse.Namespace) -> int:
+    report = _judge(args, separator=None if args.json else os.sep)
     if args.json:
         print(json.dumps(report.to_json(), indent=1, allow_nan=False))
     else:
@@ -75,13 +114,29 @@ def run(args: argparse.Namespace) -> int:
     return NOT_MET if report.broken else MET
 
 
-def _judge(args: argparse.Namespace) -> Report:
-    runs = _read(args.logs)
-    runs = runs if args.json else _short_names(runs)
+def _make(args: argparse.Namespace) -> int:
+    title = Title(args.date, args.slug, args.title or args.slug, args.text)
+    report = _judge(args, separator="_")  # the runs' folders are in one folder
+    update_table(args.out)  # fails before there is a folder that no table could list
+    folder = make_folder(report, title, args.out)
+    print(f"{folder}: {claim(report)}")
+    return _table(args)
+
+
+def _table(args: argparse.Namespace) -> int:
+    print(f"{update_table(args.out)}: table of all folders")
+    return MET
+
+
+def _judge(args: argparse.Namespace, separator: str | None) -> Report:
+    """separator: between the folders of a run's short name; None leaves whole paths."""
+    runs, baseline = _read(args.logs), _read(args.baseline)
+    if separator is not None:
+        runs, baseline = _short_names(runs, separator), _short_names(baseline, separator)
     track = choose_track(runs, args.track, args.target)
     track = dataclasses.replace(track, systems_only=args.systems_only)
     experiment = args.experiment or track.name not in TRACKS
-    return judge(runs, track, _read(args.baseline), args.stop_step, experiment)
+    return judge(runs, track, baseline, args.stop_step, experiment)
 
 
 def _read(words: Sequence[str]) -> list[LoggedRun]:
@@ -94,10 +149,13 @@ def _read(words: Sequence[str]) -> list[LoggedRun]:
     return found
 
 
-def _short_names(runs: list[LoggedRun]) -> list[LoggedRun]:
+def _short_names(runs: list[LoggedRun], separator: str) -> list[LoggedRun]:
     """Names without the folder that all are in."""
+    if not runs:
+        return []
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(run.name)) for run in runs])
-    return [dataclasses.replace(run, name=os.path.relpath(run.name, folder)) for run in runs]
+    names = [os.path.relpath(run.name, folder).replace(os.sep, separator) for run in runs]
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def choose_track(runs: Sequence[LoggedRun], name: str | None, target: float | None) -> Track:
