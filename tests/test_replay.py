@@ -148,7 +148,7 @@ def test_a_run_goes_on_without_a_bad_update(folder, monkeypatch):
     usual = train_here("usual")
     function = spoiled(program.forward_backward, float("nan"))
     monkeypatch.setattr(program, "forward_backward", function)
-    monkeypatch.setattr(guards.LossTrend, "z", lambda *_: 7.0)
+    monkeypatch.setattr(guards.LossTrend, "z", lambda *_: 12.0)
     run = train_here("left_out", guards__skip_nonfinite="true")
     assert (usual.code, run.code) == (0, 0), run.err
     assert f"step {BAD_STEP}: the gradients' norm isn't finite" in run.out
@@ -161,7 +161,7 @@ def test_a_run_goes_on_without_a_bad_update(folder, monkeypatch):
     kinds = [event["event"] for event in read_events(Path("left_out"))]
     assert kinds.count("left_out") == 1
     assert kinds.count("outlier") == len(steps)
-    assert " is 7.0 standard deviations above the trend of " in run.out
+    assert " is 12.0 standard deviations above the trend of " in run.out
 
 
 @pytest.mark.slow

@@ -144,6 +144,8 @@ class Guard:
 
     def look(self, plan: StepPlan, loss: float) -> None:
         """Says so in the log where the mean loss of a step is far above its trend."""
+        if self.log.folder is None:  # on rank 0 alone
+            return
         z, at_least = self.logged_trend.z(plan, loss), self.config.guards.alarm_z
         self.logged_trend.add(plan, loss)
         if z >= at_least > 0:
