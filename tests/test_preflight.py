@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import socket
 import time
 import warnings
 from collections import namedtuple
@@ -288,6 +289,41 @@ def test_an_optimizer_table_without_a_parameter(look, monkeypatch):
     monkeypatch.setattr(program, "configure", without_embed)
     with pytest.raises(RunError, match=r"parameter 'embed' needs a row in optim\.muon_table"):
         look()
+
+
+def test_a_port_in_use():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(
+            RunError, match=rf"^MASTER_PORT={port}: Address already in use.*torchrun"
+        ):
+            checks.check_port(str(port))
+    checks.check_port(str(port))
+
+
+@pytest.mark.parametrize("port", [None, "", "-1", "70000"])
+def test_no_such_port(port):
+    with pytest.raises(
+        RunError, match=r"^MASTER_PORT.*start the ranks by torchrun, or set MASTER_"
+    ):
+        checks.check_port(port)
+
+
+def test_ranks_that_cannot_meet(folder, monkeypatch, capsys):
+    """Started without torchrun, whose agent would listen in their place."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    parser = argparse.ArgumentParser()
+    program.add_arguments(parser)
+    args = parser.parse_args(["--device", "cpu", "--text", "text.txt", *SETS])
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        ranks = dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2)
+        for name, value in dict(ranks, MASTER_ADDR="localhost", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, str(value))
+        assert program.run(args) == 1
+    assert re.search(rf"speedrun: rank 0: error: .*MASTER_PORT={port}", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import socket
 import tempfile
 import warnings
 from collections import defaultdict
@@ -275,6 +276,21 @@ def checkpoint_bytes(config: Config, precision: Precision) -> int:
     model = estimate.meta_model(config.model, precision)
     sizes = estimate.memory_bytes(config, model, precision, world_size=1)
     return sum(sizes[name] for name in SURE_MEMORY)
+
+
+def check_port(master_port: str | None) -> None:
+    """RunError unless rank 0 can listen there, where the ranks are to meet.
+
+    For ranks that torchrun did not start: its agent listens by itself, before there are ranks.
+    """
+    fix = "start the ranks by torchrun, or set MASTER_ADDR and MASTER_PORT to a free port of rank 0"
+    if master_port is None or not master_port.isdecimal():
+        raise RunError(f"MASTER_PORT is {master_port or 'not set'}: {fix}")
+    try:
+        socket.create_server(("", int(master_port))).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"MASTER_PORT={master_port}: {reason}: {fix}") from None
 
 
 def _existing(folder: Path) -> Path:

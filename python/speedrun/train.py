@@ -37,7 +37,7 @@ from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
 from speedrun.plot import plot_loss
 from speedrun.prefix_table import build_prefix_table
-from speedrun.preflight import preflight
+from speedrun.preflight import check_port, preflight
 from speedrun.runlog import Clock, LossQueue, RunError, RunLog, new_run_folder
 from speedrun.schedule import Schedule, StepPlan, scaled
 from speedrun.sources import (
@@ -138,6 +138,8 @@ def start_run(args: argparse.Namespace, config: Config) -> Run:
         torch.set_num_threads(max(1, hardware.num_cpus() // local_world_size))
         hardware.keep_freed_memory()
     if world_size > 1:
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            check_port(os.environ.get("MASTER_PORT"))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     wanted = hardware.best_precision(device) if config.precision == "auto" else config.precision
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
