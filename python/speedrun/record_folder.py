@@ -48,17 +48,17 @@ class Title:
             )
 
 
-def make_folder(report: Report, title: Title, records: Path) -> Path:
-    """Write records/DATE_SLUG for these runs.
+def make_folder(report: Report, title: Title, out: Path) -> Path:
+    """Write out/DATE_SLUG for these runs.
 
     RecordError, with nothing left behind, for a claim whose rules aren't all met, an experiment
     whose runs are no sample of one thing, runs that aren't this package's, or a folder that exists.
     """
     check_runs(report)
-    folder = records / f"{title.date}_{title.slug}"
+    folder = out / f"{title.date}_{title.slug}"
     if os.path.lexists(folder):
         raise RecordError(f"{folder}: is there already; choose another --slug or move it away")
-    unfinished = records / f".{folder.name}.{os.getpid()}"
+    unfinished = out / f".{folder.name}.{os.getpid()}"
     try:
         unfinished.mkdir(parents=True)
         _write(report, title, unfinished)
@@ -241,10 +241,10 @@ def _files(report: Report) -> list[str]:
     return [*lines, "- `baseline/`: logs it is compared with"] if report.baseline else lines
 
 
-def table(records: Path) -> str:
+def table(out: Path) -> str:
     """Markdown table of all folders with a record.json, the newest first."""
     found = []
-    for path in sorted(records.glob("*/record.json"), reverse=True):
+    for path in sorted(out.glob("*/record.json"), reverse=True):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found.append(_table_row(path.parent.name, record))
@@ -268,12 +268,12 @@ def _table_row(folder: str, record: dict[str, Any]) -> str:
     return f"| {' | '.join((record['date'], what, track, *numbers))} |"
 
 
-def update_table(records: Path) -> Path:
-    """Put the table between the markers of records/README.md, which is made if there is none.
+def update_table(out: Path) -> Path:
+    """Put the table between the markers of out/README.md, which is made if there is none.
 
     RecordError without markers, or where it can't be written.
     """
-    path = records / "README.md"
+    path = out / "README.md"
     text = f"# Records\n\n{TABLE_BEGIN}\n{TABLE_END}\n"
     if path.exists():
         text = path.read_text(encoding="utf-8")
@@ -281,10 +281,10 @@ def update_table(records: Path) -> Path:
     _, end, after = rest.partition(TABLE_END)
     if not (begin and end):
         raise RecordError(f"{path}: no lines {TABLE_BEGIN} and {TABLE_END}; put them in")
-    unfinished = records / f".README.md.{os.getpid()}"
+    unfinished = out / f".README.md.{os.getpid()}"
     try:
-        records.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(f"{before}{begin}\n{table(records)}\n{end}{after}", encoding="utf-8")
+        out.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(f"{before}{begin}\n{table(out)}\n{end}{after}", encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         raise RecordError(f"{path}: can't be written ({error})") from None
