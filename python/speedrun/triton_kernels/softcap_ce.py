@@ -120,11 +120,15 @@ def softcap_ce_kernel(
                 target = tl.load(prefix_targets_ptr + row, mask=in_rows, other=-1)
                 weight = tl.load(prefix_weight_ptr)
             grad -= tl.where(col[None, :] == target[:, None], weight, 0.0)
-        code = fp8_bits(grad * sigmoid * (1.0 - sigmoid) * times, 2, SOFTWARE)
-        tl.store(dz_ptr + row[:, None] * cols + col[None, :], code, mask=mask)
+        dz = grad * sigmoid * (1.0 - sigmoid) * times
+        dz_ptrs = dz_ptr + row[:, None] * cols + col[None, :]
+        tl.store(dz_ptrs, fp8_bits(dz, 2, SOFTWARE), mask=mask)
         if dz_t_ptr is not None:
+            # A conversion of its own, of other numbers: ptxas 12.8 (Triton 3.6) reads one byte in
+            # four too early from registers whose bytes are also stored as 16 at once.
+            code_t = tl.trans(fp8_bits(-dz, 2, SOFTWARE) ^ 0x80)
             t_ptrs = dz_t_ptr + col[:, None].to(tl.int64) * rows + row[None, :]
-            tl.store(t_ptrs, tl.trans(code), mask=(col[:, None] < cols) & in_rows[None, :])
+            tl.store(t_ptrs, code_t, mask=(col[:, None] < cols) & in_rows[None, :])
 
 
 def softcap_ce_fp8_out(
