@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -163,8 +164,9 @@ def test_damage_inside_is_named(tmp_path):
         ("a.txt", "hello\n", "no line such as 'step:"),
         ("a.txt", "", "no line such as 'step:"),
         ("a.bin", "\xff\x00", "no line such as 'step:"),
-        ("metrics.jsonl", "", "does not begin with a header"),
-        ("metrics.jsonl", "[]\n", "its lines are no events"),
+        ("metrics.jsonl", "", "not as this version writes it"),
+        ("metrics.jsonl", "[]\n", "not as this version writes it"),
+        ("metrics.jsonl", '{"event": "header", "seed": 1}\n', "no config, environment, sources"),
     ],
 )
 def test_files_that_are_no_logs(tmp_path, capsys, name, text, message):
@@ -173,6 +175,18 @@ def test_files_that_are_no_logs(tmp_path, capsys, name, text, message):
     assert code == 2 and message in err and name in err
     code, _, err = check(capsys, tmp_path / "nowhere")
     assert code == 2 and "nowhere: there is no such file" in err
+
+
+def test_a_file_that_cant_be_read_is_named(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(public_log(3.2775))
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    code, _, err = check(capsys, path)
+    assert code == 2 and "a.txt: can't be read (Permission denied)" in err
 
 
 # Statistics

@@ -54,6 +54,19 @@ STEP_LINE = re.compile(r"^step:(\d+)(?:/(\d+))? (?=\w+:)(.*)$", re.MULTILINE)
 LLMC_LINE = re.compile(r"^s:(\d+) (tel|trl):(\d+\.\d{4,}|nan|inf)\b", re.MULTILINE)
 GPU_ROW = re.compile(r"^\|\s+\d+\s+(\w[^|]*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)
 TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s)")
+HEADER_KEYS = (  # of a run of ours: what the rules ask for
+    "config",
+    "environment",
+    "sources",
+    "seed",
+    "device",
+    "world_size",
+    "record_obstacles",
+    "dtype",
+    "fp8",
+    "train_data",
+    "val_data",
+)
 LOG_SUFFIXES = (".txt", ".log")
 
 
@@ -111,11 +124,20 @@ def read_run_folder(folder: Path) -> LoggedRun:
             raise LogError(
                 f"{path}: line {number} is no JSON; the file is damaged, leave this run out"
             ) from None
-    if not all(isinstance(event, dict) and "event" in event for event in events):
-        raise LogError(f"{path}: its lines are no events; the file is damaged, leave this run out")
-    if not events or events[0]["event"] != "header":
-        raise LogError(f"{path}: does not begin with a header event, so it is no run's file")
+    try:
+        return _run_of_events(folder, events)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise LogError(
+            f"{path}: not as this version writes it ({error!r}); leave this run out, or judge its "
+            "log.txt from another folder"
+        ) from None
+
+
+def _run_of_events(folder: Path, events: list[dict[str, Any]]) -> LoggedRun:
     header = events[0]
+    missing = [key for key in HEADER_KEYS if key not in header]
+    if missing:
+        raise KeyError(f"no {', '.join(missing)} in its header")
     schedule = header["config"]["schedule"]
     # A resumed run has steps twice: the later ones count.
     validations = {

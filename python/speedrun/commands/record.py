@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         code, message = NOT_MET, error
     except (LogError, RecordError) as error:
         code, message = UNREADABLE, error
+    except OSError as error:
+        code, message = UNREADABLE, f"{error.filename}: can't be read ({error.strerror})"
     print(f"speedrun record: error: {message}", file=sys.stderr)
     return code
 
