@@ -316,6 +316,15 @@ def test_one_curve_twice(tmp_path, capsys):
     assert report["statistics"]["num_runs"] == 2  # a file given twice is one run
 
 
+def test_a_list_beside_its_logs_is_refused(tmp_path, capsys):
+    """As LOGS/* gives them: each run would count twice, and no rule could see it."""
+    logs = write_logs(tmp_path / "logs", LOSSES)
+    (logs / "statistics.md").write_text(f"losses = {list(LOSSES)}\n")
+    code, _, err = check(capsys, *logs.iterdir())
+    assert code == 2 and "statistics.md" in err and "count twice" in err
+    assert check(capsys, logs)[0] == 0  # a folder is read for its logs
+
+
 def test_a_loss_that_is_not_finite(tmp_path, capsys):
     logs = write_logs(tmp_path / "logs", LOSSES)
     text = public_log(3.2780, shift=0.5)

@@ -129,7 +129,8 @@ def select_finished(
 ) -> tuple[list[FinishedRun], dict[str, str]]:
     """The runs that count, with the validation that counts; why the others don't, by name.
 
-    stop_step: take the validation at that step, and let a run go on behind it.
+    stop_step: take the validation at that step, and let a run go on behind it. RecordError for
+    logs together with a published list of losses.
     """
     finished, excluded, paths = [], {}, set()
     for run in runs:
@@ -142,6 +143,12 @@ def select_finished(
             excluded[run.name] = final
         else:
             finished.append(FinishedRun(run, final))
+    if len({final.step is None for _, final in finished}) > 1:
+        lists = sorted({run.path.name for run, final in finished if final.step is None})
+        raise RecordError(
+            f"logs and a list of losses ({', '.join(lists)}): if they are of the same runs, these "
+            "would count twice; give one or the other"
+        )
     return finished, excluded
 
 
