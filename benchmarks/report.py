@@ -152,14 +152,18 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, "-dirty" where files differ from it; "unknown" outside git."""
+    """Short hash of the checkout, "-dirty" where files differ from it; "unknown" outside git.
+
+    What hardware_check itself writes doesn't count.
+    """
+    outputs = (":!records/hardware", ":!python/speedrun/ops/verdicts.json")
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *outputs)
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -70,6 +70,7 @@ def softcap_ce_kernel(
     exp(logit - a/2) needs no largest logit: 0 <= logit <= a. A target of cols or more makes the
     loss NaN.
     """
+    BOTH: tl.constexpr = dz_t_ptr is not None
     row = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     in_rows = row < rows
     row_ptrs = z_ptr + row[:, None] * cols
@@ -120,15 +121,13 @@ def softcap_ce_kernel(
                 target = tl.load(prefix_targets_ptr + row, mask=in_rows, other=-1)
                 weight = tl.load(prefix_weight_ptr)
             grad -= tl.where(col[None, :] == target[:, None], weight, 0.0)
-        dz = grad * sigmoid * (1.0 - sigmoid) * times
-        dz_ptrs = dz_ptr + row[:, None] * cols + col[None, :]
-        tl.store(dz_ptrs, fp8_bits(dz, 2, SOFTWARE), mask=mask)
-        if dz_t_ptr is not None:
-            # A conversion of its own, of other numbers: ptxas 12.8 (Triton 3.6) reads one byte in
-            # four too early from registers whose bytes are also stored as 16 at once.
-            code_t = tl.trans(fp8_bits(-dz, 2, SOFTWARE) ^ 0x80)
+        # Both layouts: not by the GPU's own conversion. ptxas 12.8 (Triton 3.6) reads its result too
+        # early where bytes of a register are stored alone and as 16 at once: seen on an H200.
+        code = fp8_bits(grad * sigmoid * (1.0 - sigmoid) * times, 2, SOFTWARE or BOTH)
+        tl.store(dz_ptr + row[:, None] * cols + col[None, :], code, mask=mask)
+        if BOTH:
             t_ptrs = dz_t_ptr + col[:, None].to(tl.int64) * rows + row[None, :]
-            tl.store(t_ptrs, code_t, mask=(col[:, None] < cols) & in_rows[None, :])
+            tl.store(t_ptrs, tl.trans(code), mask=(col[:, None] < cols) & in_rows[None, :])
 
 
 def softcap_ce_fp8_out(
