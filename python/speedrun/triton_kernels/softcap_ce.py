@@ -121,8 +121,8 @@ def softcap_ce_kernel(
                 target = tl.load(prefix_targets_ptr + row, mask=in_rows, other=-1)
                 weight = tl.load(prefix_weight_ptr)
             grad -= tl.where(col[None, :] == target[:, None], weight, 0.0)
-        # Both layouts: not by the GPU's own conversion. ptxas 12.8 (Triton 3.6) reads its result too
-        # early where bytes of a register are stored alone and as 16 at once: seen on an H200.
+        # Both layouts: in integers. Of the GPU's own conversion ptxas 12.8 (Triton 3.6) reads one
+        # byte in four too early where a register is stored byte by byte and in 16 at once: an H200.
         code = fp8_bits(grad * sigmoid * (1.0 - sigmoid) * times, 2, SOFTWARE or BOTH)
         tl.store(dz_ptr + row[:, None] * cols + col[None, :], code, mask=mask)
         if BOTH:
