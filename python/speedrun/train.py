@@ -32,6 +32,7 @@ from speedrun.evaluate import evaluate
 from speedrun.guards import Guard
 from speedrun.model import GPT
 from speedrun.ops import backends_used
+from speedrun.ops._dispatch import decide
 from speedrun.ops.attention import attention_backends
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
@@ -197,8 +198,13 @@ def build_model(config: Config, run: Run, seed: int) -> GPT | BaselineGPT:
 
 
 def choose_compile(mode: str, run: Run) -> str:
-    """What --compile auto means on this device."""
-    return mode if mode != "auto" else "regional" if run.device.type == "cuda" else "off"
+    """What --compile auto means on this device: nothing where kernels of ours do the elementwise
+    work of a layer, since ten kinds of layer in eight shapes take minutes to compile."""
+    if mode != "auto":
+        return mode
+    if run.device.type != "cuda" or decide("residual_mix", run.device, triton=True) != "torch":
+        return "off"
+    return "regional"
 
 
 def warm_up(
@@ -321,7 +327,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("auto", "off", "regional", "full"),
         default="auto",
-        help="torch.compile: each kind of layer, or the whole trunk (auto: regional on a GPU)",
+        help="torch.compile: each kind of layer, or the whole trunk (auto: regional on a GPU where "
+        "kernels of ours don't serve)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: 0)")
     parser.add_argument(
