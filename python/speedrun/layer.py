@@ -7,7 +7,7 @@ keys, F MLP hidden. Streams are (P, T, D). RECIPE section 3, "Layers" and "Atten
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ from speedrun.ops.residual_mix import residual_mix, residual_mix_norm
 VE_GATE_COLUMNS = 6  # of h and of the value embedding, that a value gate reads
 
 
+class Past(Protocol):
+    """What the tokens of a plan continue, where earlier calls had those before (`decode`)."""
+
+    def previous(self, e_PTD: Tensor) -> Tensor:
+        """Each token's predecessor; for the first, what it was in the call before."""
+
+    def attend(
+        self, spec: LayerSpec, q_THK: Tensor, k_THK: Tensor, v_THE: Tensor, *dc_TH: Tensor | None
+    ) -> Tensor:
+        """(T, H, E): the next layer's attention, over earlier keys too, with DC by its w1 and w2.
+
+        Keys come without their offset."""
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """What all layers of a micro-batch share: who sees whom, and how positions turn."""
@@ -36,6 +50,7 @@ class BatchPlan:
     rotary: dict[bool, tuple[Tensor, Tensor]]  # cos and sin, by whether heads are paired
     score_scale: float
     first_PT: Tensor | None  # bool: where documents begin, if nothing may look across
+    past: Past | None = None  # instead of masks and dc
 
 
 class Streams(NamedTuple):
@@ -178,27 +193,44 @@ def attend(
             qkv,
             *plan.rotary[spec.paired],
             config.num_heads,
-            offset_keys=offset_keys,
+            offset_keys=offset_keys and plan.past is None,
             first_PT=plan.first_PT,
             ve_PTD=extra_v,
             ve_gate_PTH=v_gate,
         )
     )
+
+    def by_token(gate: Tensor | None) -> Tensor | None:  # (P*T, H), also of one for all tokens
+        return None if gate is None else gate.expand(*h.shape[:2], -1).flatten(0, 1)
+
+    dc = (by_token(gates.dc1), by_token(gates.dc2))
+    if plan.past is not None:
+        y = plan.past.attend(spec, q, k, v, *dc)
+    else:
+        y = attend_batch(spec, q, k, v, *dc, plan)
+    xsa, gate = by_token(gates.xsa), by_token(gates.attention)
+    return project_out(y, v, xsa, gate, w_o, weights.lambda_o, fp8).unflatten(0, h.shape[:2])
+
+
+def attend_batch(
+    spec: LayerSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w1_TH: Tensor | None,
+    w2_TH: Tensor | None,
+    plan: BatchPlan,
+) -> Tensor:
+    """(P*T, H, E): attention of one layer among the tokens of a micro-batch, with DC."""
     mask = plan.masks[spec.window, spec.paired]
     if spec.paired:
         y = attention(*(pair_heads(t) for t in (q, k, v)), mask, plan.score_scale)
         y = unpair_heads(y)
     else:
         y = attention(q, k, v, mask, plan.score_scale)
-
-    def by_token(gate: Tensor | None) -> Tensor | None:  # (P*T, H), also of one for all tokens
-        return None if gate is None else gate.expand(*h.shape[:2], -1).flatten(0, 1)
-
     if spec.dc:
-        w1_TH, w2_TH = by_token(gates.dc1), by_token(gates.dc2)
         y = y + dc_attention(q, k, v, w1_TH, w2_TH, plan.dc, plan.score_scale)
-    xsa, gate = by_token(gates.xsa), by_token(gates.attention)
-    return project_out(y, v, xsa, gate, w_o, weights.lambda_o, fp8).unflatten(0, h.shape[:2])
+    return y
 
 
 def project_in(

@@ -195,7 +195,7 @@ class GPT(nn.Module):
     def plan_windows(self, batch: MicroBatch, windows: Windows) -> BatchPlan:
         """What the layers share: one mask for each kind of attention, the rotary tables."""
         config, dtype = self.config, self.embed.dtype
-        num_tokens, device = batch.inputs_PT.numel(), self.embed.device
+        num_tokens = batch.inputs_PT.numel()
         kinds = {(spec.window, spec.paired) for spec in self.layers if spec.attention}
         masks = {}
         for window, paired in sorted(kinds):
@@ -211,18 +211,27 @@ class GPT(nn.Module):
         dc = None
         if any(spec.dc for spec in self.layers):
             dc = plan_dc_attention(batch.cu_seqlens, num_tokens, config.dc_window)
+        rotary, score_scale = self.turning(windows, batch.inputs_PT.shape[1])
+        first_PT = document_starts(batch) if config.isolate_documents else None
+        return BatchPlan(masks, dc, rotary, score_scale, first_PT)
+
+    def turning(
+        self, windows: Windows, num_tokens: int, begin: int = 0
+    ) -> tuple[dict[bool, tuple[Tensor, Tensor]], float]:
+        """Rotary tables of positions from `begin`, by whether heads are paired; the score scale."""
+        config, device = self.config, self.embed.device
         frequencies = rotary_frequencies(config.qk_dim, config.rotary_base)
         score_scale = config.score_scale
         for old, new in windows.yarn:
             frequencies, factor = yarn(frequencies, old, new)
             score_scale *= factor
         rotary = {}
-        for paired in sorted({paired for _, paired in kinds}):
+        for paired in sorted({spec.paired for spec in self.layers if spec.attention}):
             heads = config.num_heads if paired else 0
-            positions = rotary_positions(batch.inputs_PT.shape[1], heads).to(device)
-            rotary[paired] = rotary_table(frequencies.to(device), positions, dtype)
-        first_PT = document_starts(batch) if config.isolate_documents else None
-        return BatchPlan(masks, dc, rotary, score_scale, first_PT)
+            positions = rotary_positions(num_tokens, heads) + (2 * begin if paired else begin)
+            tables = rotary_table(frequencies.to(device), positions.to(device), self.embed.dtype)
+            rotary[paired] = tables
+        return rotary, score_scale
 
     def refresh_fp8(self, down_own_amax: bool) -> None:
         """FP8 copies of the weights as they are now; once a step, before its micro-batches."""
@@ -302,7 +311,8 @@ class GPT(nn.Module):
         gate = gate * self.lambda_smear.to(e.dtype)
         if plan.first_PT is not None:
             gate = gate.masked_fill(plan.first_PT[..., None], 0)
-        return e + gate * previous(e)
+        before = previous(e) if plan.past is None else plan.past.previous(e)
+        return e + gate * before
 
     def bigram(self, batch: MicroBatch) -> Tensor | None:
         """Signed rows of the bigram table (P, T, bigram_dim)."""
