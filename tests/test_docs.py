@@ -13,8 +13,13 @@ from speedrun.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[br]e*/README.md")]
-    + [ROOT / "records" / "hardware" / "README.md"]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("records/README.md"),
+        *ROOT.glob("records/hardware/README.md"),
+    ]
 )
 COMMAND = re.compile(r"^(?:\.venv/bin/)?speedrun ([a-z]+.*)$", re.MULTILINE)
 INLINE = re.compile(r"`speedrun ([a-z]+)[ `]")
