@@ -69,3 +69,8 @@ def test_techniques_of_the_history():
     tables = text_of(ROOT / "docs" / "from_45_minutes.md").split("## The model")[1]
     named = set(re.findall(r"`([a-z0-9_]+)`", tables))
     assert set(TECHNIQUES) - {"fp8_projections"} <= named
+
+
+def test_each_kernel_has_a_page():
+    stems = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/ops/bench_*.py")}
+    assert {path.stem for path in ROOT.glob("docs/kernels/*.md")} == stems
