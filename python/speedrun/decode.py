@@ -26,6 +26,10 @@ from speedrun.ops.qk_norm_rope import key_offset, pair_heads, unpair_heads
 from speedrun.reference.dc_attention import normed_over_heads
 from speedrun.reference.softcap_ce import softcap
 
+# A document's first tokens look back over its start (smear, bigram hash, key offset), and the first
+# two tokens of all are hashed in a way of their own (RECIPE section 2). Behind so many lone BOS a
+# document's states are the same wherever it is, and its rows those that training met.
+LEADING_BOS = 3
 TOKENS_AT_ONCE = 512  # of a prompt: scores are (H, 512, history + 512)
 
 
@@ -237,6 +241,11 @@ class SequenceDecoder:
         states_1D = model.trunk(batch, model.plan_windows(batch, self.windows))[-1:]
         rows = (states_1D, model.lm_head, model.head_bias, model.config.softcap)
         return baseline_model.logits(*rows)[0, : model.config.vocab_size]
+
+
+def opening(model: GPT | BaselineGPT, bos_id: int) -> list[int]:
+    """Tokens in front of a sequence's first text. `BaselineGPT` looks over documents' starts."""
+    return [bos_id] if isinstance(model, BaselineGPT) else [bos_id] * (LEADING_BOS + 1)
 
 
 def generate(
