@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "gates": {"config"},
     "fp8_state": {"ops", "config"},
     # schedule: StepPlan, a type
-    "optim": {"ops", "config", "comms", "update_rules", "schedule", "step_graph"},
+    "optim": {"ops", "config", "comms", "normuon", "update_rules", "schedule", "step_graph"},
+    "normuon": {"ops", "update_rules"},
     "step_graph": {"schedule", "update_rules"},
     "update_rules": {"ops", "config", "schedule"},
 }

@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 
 from speedrun.comms import Comms, Pending, rows_per_rank, sent_bytes, sparse_sent_bytes
 from speedrun.config import AdamRow, ConfigError, MuonRow, OptimConfig
+from speedrun.normuon import NorMuon as NorMuon  # public under this name
 from speedrun.ops.transpose import ADD_DTYPES, transpose, transpose_add_
 from speedrun.schedule import StepPlan
 from speedrun.step_graph import StepGraphs, StepNumbers

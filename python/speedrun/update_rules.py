@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,8 +57,7 @@ class NorMuon:
 
     def __init__(self, row: MuonRow, config: OptimConfig, weight: Tensor, first: int) -> None:
         self.config = config
-        self.polar = S4 if config.normuon.polar_norm == "s4" else PolarExpress()
-        self.polar = replace(self.polar, form=config.normuon.polar_form)
+        self.polar = polar_spec(config.normuon.polar_form, config.normuon.polar_norm)
         self.dtype = PRECISIONS.get(config.normuon.polar_precision, weight.dtype)
         B, M, N = weight.shape
         self.state = {
@@ -227,6 +226,11 @@ RULES: dict[str, type[UpdateRule]] = {
 }
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # "weight": that of the weights
+
+
+def polar_spec(form: Literal["standard", "gram"], norm: Literal["frobenius", "s4"]) -> PolarExpress:
+    """What `NorMuonConfig.polar_form` and `polar_norm` stand for."""
+    return replace(S4 if norm == "s4" else PolarExpress(), form=form)
 
 
 def state_like(weight: Tensor, *shape: int) -> Tensor:
