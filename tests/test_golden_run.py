@@ -16,6 +16,7 @@ import torch
 
 from speedrun import hardware
 from speedrun import train as program
+from speedrun.failures import Watchdog
 from train_helpers import read_losses, tiny_sets, write_text
 
 GOLDEN = Path(__file__).parent / "golden" / "run.json"
@@ -55,7 +56,8 @@ def run_losses(folder: Path) -> list[tuple[str, int, float]]:
         patch.chdir(folder)
         patch.setattr(hardware, "num_cpus", lambda: 1)
         try:
-            program.main(parser.parse_args([*words, *SETS]))
+            with Watchdog() as watchdog:
+                program.main(parser.parse_args([*words, *SETS]), watchdog)
         finally:
             torch.set_num_threads(threads)
     return read_losses(folder / "run")

@@ -18,6 +18,7 @@ from speedrun.config import ConfigError, GuardConfig, MuonRow, OptimConfig
 from speedrun.config_check import check
 from speedrun.data import BYTES, StepBatch
 from speedrun.estimate import Precision
+from speedrun.failures import Watchdog
 from speedrun.guards import Guard, LossTrend, check_of, rate_keys
 from speedrun.optim import HEAD, Optimizer
 from speedrun.overrides import apply_overrides
@@ -296,7 +297,8 @@ class TwoRanks(Comms):
 def guarded(tmp_path, config=CONFIG, model=None, comms=None, **settings):
     config = dataclasses.replace(config, guards=GuardConfig(**settings))
     log = RunLog(tmp_path, config.schedule.total_steps, config.log_interval)
-    return Guard(config, model or Toy(), comms or Comms(), log, Origin([], BYTES, FLOAT32))
+    origin = Origin([], BYTES, FLOAT32)
+    return Guard(config, model or Toy(), comms or Comms(), log, origin, Watchdog())
 
 
 BATCH = StepBatch(np.zeros((8, 4), np.int32), *[np.ones((8, 4), np.int32)] * 2, None, None, None)

@@ -16,6 +16,8 @@ MAX_LINES = 600
 # Law 4. What may read the environment or speak to other ranks, by file under python/speedrun.
 ENVIRONMENT_READERS = {"train.py", "cli.py", "comms.py", "runlog.py", "ops/_dispatch.py"}
 DISTRIBUTED_USERS = {"train.py", "cli.py", "comms.py", "runlog.py"}
+# The ranks' key-value store, and torchrun's error files: what is left when collectives hang.
+DISTRIBUTED_USERS |= {"peers.py", "failures.py"}
 
 # Who may import whom inside the package (first folder or module name); absent: anything.
 MAY_IMPORT = {

@@ -9,6 +9,7 @@ int32 and int64; no 16-bit integers): nothing is emulated, and no backend is ask
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,15 @@ def rows_per_rank(num_rows: int, world_size: int) -> int:
     return -(-num_rows // world_size)
 
 
+@dataclasses.dataclass
+class Calls:
+    """Where a rank is among its collectives, for who watches it from another thread."""
+
+    num_begun: int = 0
+    last: str | None = None  # that was begun
+    waiting_for: str | None = None  # by the host; NCCL's are waited for by the device
+
+
 class Pending:
     """A collective on its way. `wait()`, called once, gives its result.
 
@@ -62,12 +72,19 @@ class Pending:
         result: Callable[[], Any],
         works: Sequence[dist.Work] = (),
         messages: Sequence[Tensor] = (),
+        calls: Calls | None = None,
     ) -> None:
         self._result, self._works, self._messages = result, works, messages
+        self._calls = calls
+        self._name = calls.last if calls else None
 
     def wait(self) -> Any:
+        if self._works:
+            self._calls.waiting_for = self._name
         for work in self._works:
             work.wait()
+        if self._works:
+            self._calls.waiting_for = None
         return self._result()
 
 
@@ -81,6 +98,7 @@ class Comms:
         self.rank = rank
         self.world_size = world_size
         self.sent: Counter[str] = Counter()
+        self.calls = Calls()
 
     def own_rows(self, num_rows: int) -> slice:
         """This rank's of a tensor's rows."""
@@ -94,9 +112,9 @@ class Comms:
         size, rows = rows_per_rank(len(x), self.world_size), self.own_rows(len(x))
         message = _padded(x.contiguous(), size * self.world_size)
         own = message.new_empty(size, *x.shape[1:])
+        self._begin("reduce_scatter", message)
         work = _reduce_scatter(own, message, async_op=True)
-        self._count("reduce_scatter", message)
-        return Pending(lambda: own[: rows.stop - rows.start], [work], [message])
+        return Pending(lambda: own[: rows.stop - rows.start], [work], [message], self.calls)
 
     def all_gather_(self, x: Tensor) -> Pending:
         """Fills x (R, …), contiguous, in place with the own rows of every rank; gives x."""
@@ -105,9 +123,9 @@ class Comms:
         own, size = x[self.own_rows(len(x))], rows_per_rank(len(x), self.world_size)
         fits = size * self.world_size == len(x)
         message = x if fits else x.new_empty(size * self.world_size, *x.shape[1:])
+        self._begin("all_gather", message)
         work = _all_gather(message, _padded(own, size), async_op=True)
-        self._count("all_gather", message)
-        return Pending(lambda: x if fits else x.copy_(message[: len(x)]), [work], [own])
+        return Pending(lambda: x if fits else x.copy_(message[: len(x)]), [work], [own], self.calls)
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> Pending:
         """Sums each tensor over the ranks, in place. One message for each dtype among them."""
@@ -117,8 +135,8 @@ class Comms:
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             same = [t for t in tensors if t.dtype == dtype]
             message = torch.cat([t.reshape(-1) for t in same])
+            self._begin("all_reduce", message)
             groups.append((same, message, dist.all_reduce(message, async_op=True)))
-            self._count("all_reduce", message)
 
         def result() -> Sequence[Tensor]:
             for same, message, _ in groups:
@@ -127,7 +145,7 @@ class Comms:
                     t.copy_(piece.view_as(t))
             return tensors
 
-        return Pending(result, [work for *_, work in groups])
+        return Pending(result, [work for *_, work in groups], calls=self.calls)
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """`all_reduce_`, waited for."""
@@ -147,10 +165,11 @@ class Comms:
         owners = torch.arange(self.world_size + 1, dtype=ROW_NUMBER, device=numbers.device) * size
         counts = torch.searchsorted(numbers, owners).diff()
         received_counts = torch.empty_like(counts)
-        dist.all_to_all_single(received_counts, counts)
+        self._call("all_to_all of row counts", dist.all_to_all_single, received_counts, counts)
         send, receive = counts.tolist(), received_counts.tolist()
         works, received, messages = [], [], [numbers, x_RC[numbers]]
         for message in messages:
+            self._name("all_to_all", message)
             received.append(message.new_empty(sum(receive), *message.shape[1:]))
             works.append(
                 dist.all_to_all_single(received[-1], message, receive, send, async_op=True)
@@ -166,18 +185,31 @@ class Comms:
                 own.index_add_(0, index - own_rows.start, rows)
             return own
 
-        return Pending(result, works, messages)
+        return Pending(result, works, messages, self.calls)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. Small picklable objects."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        self._call("all_gather of objects", dist.all_gather_object, values, value)
         return values
 
-    def _count(self, kind: str, message: Tensor) -> None:
+    def _begin(self, kind: str, message: Tensor) -> None:
+        self._name(kind, message)
         self.sent[kind] += sent_bytes(kind, message.nbytes, self.world_size)
+
+    def _name(self, kind: str, message: Tensor) -> None:
+        dtype = str(message.dtype).removeprefix("torch.")
+        self.calls.num_begun += 1
+        self.calls.last = f"{kind} of {tuple(message.shape)} {dtype}"
+
+    def _call(self, name: str, collective: Callable, *tensors: Any) -> None:
+        """One that the host waits for."""
+        self.calls.num_begun += 1
+        self.calls.last = self.calls.waiting_for = name
+        collective(*tensors)
+        self.calls.waiting_for = None
 
 
 def _padded(x: Tensor, num_rows: int) -> Tensor:

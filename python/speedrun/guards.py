@@ -20,12 +20,14 @@ from speedrun import nonfinite, step_dump
 from speedrun.comms import Comms
 from speedrun.config import Config, GuardConfig, OptimConfig
 from speedrun.data import StepBatch
+from speedrun.failures import Watchdog
 from speedrun.runlog import BadLoss, RunError, RunLog
 from speedrun.schedule import StepPlan
 from speedrun.step_dump import Origin
 
 TREND_STEPS = 64  # losses that a trend is fitted to
 TREND_LEAST = 32  # with fewer, nothing is an outlier
+SEARCH_S = 600.0  # a step by uncompiled passes, tensor by tensor, and its files
 KEPT_STEPS = 32  # batches: further than the host runs ahead of the device
 
 
@@ -85,10 +87,16 @@ class Guard:
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, comms: Comms, log: RunLog, origin: Origin
+        self,
+        config: Config,
+        model: nn.Module,
+        comms: Comms,
+        log: RunLog,
+        origin: Origin,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.model, self.comms, self.log = config, model, comms, log
-        self.origin = origin
+        self.origin, self.watchdog = origin, watchdog
         self.folder = comms.gather_objects(log.folder)[0]
         self.check = check_of(config.guards, model.embed.device)
         self.prefix_table: Tensor | None = None
@@ -102,8 +110,9 @@ class Guard:
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, BadLoss):
-            found = [f"parameter {text}" for text in nonfinite.bad_tensors(self._parameters())]
-            raise self._refusal(error.trained_step, str(error), found[:1]) from None
+            with self.watchdog.phase("keeping the bad step", allowed_s=SEARCH_S):
+                found = [f"parameter {text}" for text in nonfinite.bad_tensors(self._parameters())]
+                raise self._refusal(error.trained_step, str(error), found[:1]) from None
 
     def run(
         self, plan: StepPlan, batch: StepBatch, compute: Callable[[], Tensor]
@@ -135,12 +144,13 @@ class Guard:
             line = f"step {plan.step}: {problem}; its update is left out"
             self.log.note("left_out", line, step=plan.step, train_loss=mean)
             return loss, False
-        raise self._refusal(
-            plan.step,
-            f"step {plan.step}: {problem}",
-            self._first_of_all_ranks(compute, scales),
-            weights=self.model.state_dict(),
-        )
+        with self.watchdog.phase("search for the first bad tensor", allowed_s=SEARCH_S):
+            raise self._refusal(
+                plan.step,
+                f"step {plan.step}: {problem}",
+                self._first_of_all_ranks(compute, scales),
+                weights=self.model.state_dict(),
+            )
 
     def look(self, plan: StepPlan, loss: float) -> None:
         """Says so in the log where the mean loss of a step is far above its trend."""
@@ -204,6 +214,7 @@ class Guard:
         if first:
             lines.append(f"Not finite first: {'; '.join(first)}")
         dumped = self._dump(step, problem, weights)
+        self.comms.gather_objects(None)  # a rank that left now would take along who still writes
         lines += [dumped] if dumped else []
         if self.check == "gradient":
             lines.append("guards.check=gradient: a gradient that is nan makes the loss nan, too.")

@@ -31,6 +31,7 @@ from speedrun.comms import Comms
 from speedrun.config import Config, to_dict
 from speedrun.schedule import StepPlan
 
+STEPS_AHEAD = 4  # that the host may launch before the device has done the first of them
 CONSOLE_INTERVAL_S = 5.0  # between training lines on a console without a progress bar
 
 
@@ -282,36 +283,51 @@ def _progress_bar(total_steps: int) -> Any:
 
 
 class LossQueue:
-    """Losses on their way from the device to the log, without waiting for the device.
+    """Losses on their way from the device to the log, and with them whether a rank wants to stop.
 
-    A non-finite loss raises BadLoss, on all ranks alike: the loss is their sum. `look` sees each
-    step's mean loss.
+    The host waits for the device only where it is `STEPS_AHEAD` steps ahead. All ranks read the
+    same sums before the same step, whichever of them is faster: so a non-finite loss raises
+    BadLoss on all ranks at the same place, and `stop` becomes true there on all of them, within
+    `STEPS_AHEAD` + 1 steps of a rank's wish. `look` sees each step's mean loss.
     """
 
     def __init__(self, look: Callable[[StepPlan, float], None]) -> None:
+        self.stop = False
         self._look = look
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, StepPlan, float]] = deque()
         self._tokens_done = 0
 
-    def push(self, loss: Tensor, plan: StepPlan, train_time_s: float, comms: Comms) -> None:
-        comms.all_reduce_sum([loss])
+    def push(
+        self,
+        loss: Tensor,
+        plan: StepPlan,
+        train_time_s: float,
+        comms: Comms,
+        wants_stop: bool = False,
+    ) -> None:
+        """loss: (), this rank's sum over the step."""
+        sums = torch.stack([loss, torch.full_like(loss, float(wants_stop))])
+        comms.all_reduce_sum([sums])
         event = None
-        if loss.is_cuda:
-            host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            loss = host.copy_(loss, non_blocking=True)
+        if sums.is_cuda:
+            host = torch.empty(2, dtype=sums.dtype, pin_memory=True)
+            sums = host.copy_(sums, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((loss, event, plan, train_time_s))
+        self._pending.append((sums, event, plan, train_time_s))
 
-    def log_ready(self, log: RunLog, wait: bool = False) -> None:
+    def log_ready(self, log: RunLog, ahead: int = STEPS_AHEAD) -> None:
+        """All but the last `ahead` steps, on a CPU all."""
         while self._pending:
-            loss, event, plan, train_time_s = self._pending[0]
-            if event is not None and not wait and not event.query():
-                return
+            sums, event, plan, train_time_s = self._pending[0]
             if event is not None:
+                if len(self._pending) <= ahead:
+                    return
                 event.synchronize()
             self._pending.popleft()
-            mean = loss.item() / plan.tokens_per_step
+            loss, wishes = sums.tolist()
+            self.stop = self.stop or wishes > 0
+            mean = loss / plan.tokens_per_step
             if not math.isfinite(mean):
                 raise BadLoss(f"step {plan.step}: the training loss is {mean}", plan.step)
             self._tokens_done += plan.tokens_per_step
@@ -319,4 +335,4 @@ class LossQueue:
             self._look(plan, mean)
 
     def log_all(self, log: RunLog) -> None:
-        self.log_ready(log, wait=True)
+        self.log_ready(log, ahead=0)

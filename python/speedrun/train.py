@@ -7,13 +7,12 @@ main() is the program; below it are its phases in call order. Environment variab
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,9 +25,10 @@ from speedrun.comms import Comms
 from speedrun.config import GRADIENT_DIVISOR, BaselineConfig, Config, ConfigError
 from speedrun.config_check import check
 from speedrun.corpus import compressed_nats_per_byte
-from speedrun.data import DataError, StepBatch
+from speedrun.data import StepBatch
 from speedrun.estimate import Precision
 from speedrun.evaluate import evaluate
+from speedrun.failures import EXIT_CODES, EXIT_STOPPED, Stopped, Watchdog
 from speedrun.guards import Guard
 from speedrun.model import GPT
 from speedrun.ops import backends_used
@@ -36,6 +36,7 @@ from speedrun.ops._dispatch import decide
 from speedrun.ops.attention import attention_backends
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
+from speedrun.peers import connect
 from speedrun.plot import plot_loss
 from speedrun.prefix_table import build_prefix_table
 from speedrun.preflight import check_port, preflight
@@ -54,14 +55,14 @@ from speedrun.tokenizer import Tokenizer
 from speedrun.world_size import check_world_size, record_obstacles
 
 
-def main(args: argparse.Namespace) -> None:
-    """One run. Raises ConfigError, DataError or RunError with a message for the user."""
+def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
+    """One run. ConfigError, DataError and RunError have a message for the user; or Stopped."""
     config = configure(args)
-    run = start_run(args, config)
+    run = start_run(args, config, watchdog)
     precision = Precision(run.dtype, run.fp8)
     config, data, tokenizer = preflight(args, config, run.comms, run.device, precision)
     schedule = Schedule(config.schedule)
-    log = start_log(args, config, data, run)
+    log = start_log(args, config, data, run, watchdog)
 
     model = build_model(config, run, args.seed)
     model.compile(choose_compile(args.compile, run))
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     warm_up(model, optimizer, schedule, config, data, run)
     log.kernels(backends_used(), attention_backends())
     origin = Origin(to_argv(args), data.format, precision)
-    guard = Guard(config, model, run.comms, log, origin)
+    guard = Guard(config, model, run.comms, log, origin, watchdog)
     losses = LossQueue(guard.look)
     clock = Clock(run.device)
     loader = training_loader(config, data, schedule, run.comms.rank, run.comms.world_size)
@@ -78,10 +79,13 @@ def main(args: argparse.Namespace) -> None:
         clock.start()
         guard.prefix_table = prefix_table = load_prefix_table(tokenizer, config, run)
         for plan in schedule:
+            watchdog.step(plan.step)
+            if losses.stop and not plan.last:
+                raise Stopped(f"stopped before step {plan.step}; nothing is saved")
             if plan.validate:
                 losses.log_all(log)
-                with clock.paused():
-                    val_loss = validate(model, config, data, plan, run)
+                with clock.paused(), watchdog.phase("validation"):
+                    val_loss = validate(model, config, data, plan, run, watchdog.beat)
                     log.validation(plan.step, val_loss, clock.elapsed_s)
             if plan.last:
                 break
@@ -91,11 +95,12 @@ def main(args: argparse.Namespace) -> None:
             loss, is_good = guard.run(plan, batch, functools.partial(forward_backward, *inputs))
             if is_good:
                 optimizer.step(plan)
-                losses.push(loss, plan, clock.now_s(), run.comms)
+                losses.push(loss, plan, clock.now_s(), run.comms, watchdog.stop_requested)
             else:
                 optimizer.leave_out(plan)
             losses.log_ready(log)
-    finish(config, data, log)
+    with watchdog.phase("the end", allowed_s=600):
+        finish(config, data, log)
 
 
 def configure(args: argparse.Namespace) -> Config:
@@ -119,7 +124,7 @@ class Run:
     fp8: bool = False
 
 
-def start_run(args: argparse.Namespace, config: Config) -> Run:
+def start_run(args: argparse.Namespace, config: Config, watchdog: Watchdog) -> Run:
     """Read torchrun's environment, choose the device, join the process group."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -138,17 +143,22 @@ def start_run(args: argparse.Namespace, config: Config) -> Run:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, hardware.num_cpus() // local_world_size))
         hardware.keep_freed_memory()
+    comms = Comms(rank, world_size)
     if world_size > 1:
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             check_port(os.environ.get("MASTER_PORT"))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        peers = connect(rank, world_size, os.environ)
+        watchdog.join(peers, comms)
+        peers.init_process_group("nccl" if device.type == "cuda" else "gloo")
     wanted = hardware.best_precision(device) if config.precision == "auto" else config.precision
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
     has_fp8 = not isinstance(config.model, BaselineConfig)
-    return Run(Comms(rank, world_size), device, dtype, fp8=has_fp8 and wanted == "recipe")
+    return Run(comms, device, dtype, fp8=has_fp8 and wanted == "recipe")
 
 
-def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: Run) -> RunLog:
+def start_log(
+    args: argparse.Namespace, config: Config, data: DataSource, run: Run, watchdog: Watchdog
+) -> RunLog:
     """The run's folder, on rank 0; the other ranks learn whether it could be made."""
     folder, problem = None, None
     if run.comms.rank == 0:
@@ -156,9 +166,10 @@ def start_log(args: argparse.Namespace, config: Config, data: DataSource, run: R
             folder = new_run_folder(args.out, config.name)
         except RunError as error:
             problem = str(error)
-    problem = run.comms.gather_objects(problem)[0]
+    shared, problem = run.comms.gather_objects((folder, problem))[0]
     if problem:
         raise RunError(problem)
+    watchdog.log_to(shared)
     log = RunLog(folder, config.schedule.total_steps, config.log_interval)
     obstacles = record_obstacles(config, run.comms.world_size)
     log.header(
@@ -230,11 +241,19 @@ def warm_up(
     optimizer.restore(snapshot)
 
 
-def validate(model: GPT, config: Config, data: DataSource, plan: StepPlan, run: Run) -> float:
-    """Mean validation loss, with this step's windows."""
+def validate(
+    model: GPT,
+    config: Config,
+    data: DataSource,
+    plan: StepPlan,
+    run: Run,
+    beat: Callable[[], None],
+) -> float:
+    """Mean validation loss, with this step's windows. `beat` is called in front of each part."""
 
     def batches() -> Iterator[MicroBatch]:
         for part in validation_data(config, data, run.comms.rank, run.comms.world_size):
+            beat()
             arrays = [part.inputs, part.targets, part.cu_seqlens, part.bigram_rows, part.sign_rows]
             rows = [None if array is None else array[None] for array in arrays]
             yield from to_micro_batches(StepBatch(*rows, position=None), config, run.device)
@@ -338,6 +357,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: cuda where a GPU is visible",
     )
 
+    parser.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="without progress, after which a run of several ranks is ended (default: ten times "
+        "the longest step so far, at least 10; 0: never)",
+    )
+    parser.epilog = EXIT_CODES
+
 
 def to_argv(args: argparse.Namespace) -> list[str]:
     """The arguments again as a command line, for the processes that torchrun starts."""
@@ -345,6 +373,7 @@ def to_argv(args: argparse.Namespace) -> list[str]:
     for name in ("recipe", "steps", "data", "text", "out", "compile", "seed", "device"):
         value = getattr(args, name)
         argv += [] if value is None else [f"--{name}={value}"]
+    argv += [] if args.hang_timeout is None else [f"--hang-timeout={args.hang_timeout}"]
     return argv + ["--repeat-data"] * args.repeat_data
 
 
@@ -353,17 +382,16 @@ def run(args: argparse.Namespace) -> int:
     rank = os.environ.get("RANK")
     who = "speedrun" if rank is None else f"speedrun: rank {rank}"
     warnings.showwarning = lambda message, *_: print(f"{who}: warning: {message}", file=sys.stderr)
-    try:
-        main(args)
-        code = 0
-    except (ConfigError, DataError, RunError) as error:
-        print(f"{who}: error: {error}", file=sys.stderr, flush=True)
-        code = 1
-    except KeyboardInterrupt:
-        print(f"{who}: interrupted", file=sys.stderr, flush=True)
-        code = 130
-    if dist.is_initialized():
-        with contextlib.suppress(Exception):  # a rank that failed has left the group already
+    with Watchdog(None if rank is None else int(rank), args.hang_timeout) as watchdog:
+        try:
+            main(args, watchdog)
+            code = 0
+        except Stopped as stopped:
+            print(f"{who}: {stopped}", file=sys.stderr, flush=True)
+            code = EXIT_STOPPED
+        except (Exception, KeyboardInterrupt) as error:
+            code = watchdog.fail(error)
+        if dist.is_initialized():
             dist.destroy_process_group()
     return code
 

@@ -1,0 +1,267 @@
+"""Signals, failures and hangs: how a run of one process and of several ends, and how fast."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from speedrun import failures, peers
+from speedrun import train as program
+from speedrun.comms import Comms
+from speedrun.failures import EXIT_STOPPED
+from speedrun.peers import Failure, Peers
+from speedrun.runlog import LossQueue, RunError
+from train_helpers import (
+    SPLIT_PLANS,
+    read_losses,
+    start_training,
+    tiny_sets,
+    write_text,
+)
+
+LIMIT_S = 15  # from a fault to the end of all processes
+SETS = tiny_sets(schedule__num_steps=5000, schedule__val_interval=5000)
+
+# The training program with a fault on one rank, in the forward pass of step 7.
+FAULTY = """
+import argparse, ctypes, os, signal, sys, time
+from pathlib import Path
+from speedrun import train
+
+FAULTS = {
+    "raises": lambda: [].made_up,
+    "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exits": lambda: os._exit(0),
+    "crashes": lambda: ctypes.string_at(0),
+    "sleeps": lambda: time.sleep(3600),
+    "holds the GIL": lambda: ctypes.PyDLL(None).sleep(3600),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+compute = train.forward_backward
+
+def with_fault(model, optimizer, batches, plan, *rest):
+    rank, fault = os.environ["FAULT"].split(" ", 1)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if (os.environ.get("RANK", "0"), plan.step, attempt) == (rank, 7, "0"):
+        Path("fault").write_text(str(time.time()))
+        FAULTS[fault]()
+    return compute(model, optimizer, batches, plan, *rest)
+
+train.forward_backward = with_fault
+parser = argparse.ArgumentParser()
+train.add_arguments(parser)
+sys.exit(train.run(parser.parse_args()))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with a text and the faulty program."""
+    folder = tmp_path_factory.mktemp("failures")
+    write_text(folder / "text.txt")
+    (folder / "faulty.py").write_text(FAULTY)
+    return folder
+
+
+# ---- What the ranks tell each other -------------------------------------------------------------
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+
+
+def two_peers(store):
+    """Of one machine, met."""
+    both = [Peers(rank, 2, dist.PrefixStore("test", store), keeps_store=False) for rank in (0, 1)]
+    threads = [threading.Thread(target=p.meet) for p in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return both
+
+
+def test_the_first_failure_counts(store):
+    a, b = two_peers(store)
+    assert a.first_failure() is None
+    first = Failure(1, "was first", reporter=0)
+    assert a.report(first) == first
+    assert b.report(Failure(0, "came later", reporter=1)) == first
+    assert b.first_failure() == first
+    assert a.speaks_for_machine(first) and not b.speaks_for_machine(first)
+
+
+def test_missing_ranks_are_named(store):
+    with pytest.raises(RunError, match=r"after 0 s there is no rank 0, 2 of 3: "):
+        Peers(1, 3, dist.PrefixStore("test", store), keeps_store=False).meet(limit_s=0.1)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_a_process_that_ends_is_seen(store):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    key = dist.PrefixStore("test", store)
+    value = {"machine": peers._machine(), "pid": child.pid}
+    key.set("rank/1", json.dumps(value))
+    one = Peers(0, 2, key, keeps_store=False)
+    one.meet()
+    assert one.neighbours == {1} and one.vanished() == []
+    child.communicate(b"\n")
+    assert one.vanished() == [1]
+    key.set("ended/1", "")
+    assert one.vanished() == []
+
+
+# ---- One process --------------------------------------------------------------------------------
+@pytest.fixture
+def run_here(folder, monkeypatch):
+    """Runs the program in this process; a thread calls `act` with the folder once it trains."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` replaces it
+
+    def run(out, act, *words):
+        def wait_and_act():
+            metrics = out / "metrics.jsonl"
+            while not (metrics.exists() and '"training"' in metrics.read_text()):
+                time.sleep(0.01)
+            act()
+
+        parser = argparse.ArgumentParser()
+        program.add_arguments(parser)
+        thread = threading.Thread(target=wait_and_act, daemon=True)
+        thread.start()
+        words = ["--text", "text.txt", "--out", str(out), *SETS, *words]
+        return program.run(parser.parse_args(words))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_between_two_steps(run_here, tmp_path, capfd, number):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "run"
+    assert run_here(out, lambda: os.kill(os.getpid(), number)) == EXIT_STOPPED
+    err = capfd.readouterr().err
+    stopped = int(re.search(r"speedrun: stopped before step (\d+)", err)[1])
+    assert f"{number.name}: the run stops after this step" in err
+    assert read_losses(out)[-1][:2] == ("training", stopped)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert not (out / "errors").exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once(run_here, tmp_path, capfd, monkeypatch):
+    """While the first one isn't served, here since a step takes long."""
+    monkeypatch.setattr(failures, "AGAIN_S", 0.1)
+
+    def twice():
+        monkeypatch.setattr(program, "forward_backward", lambda *_: time.sleep(60))
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    began = time.monotonic()
+    assert run_here(tmp_path / "run", twice) == 128 + signal.SIGINT
+    assert time.monotonic() - began < 30
+    err = capfd.readouterr().err
+    assert re.search(r"speedrun: error: step \d+: interrupted \(SIGINT\); nothing is saved\n$", err)
+
+
+# ---- Several ranks ------------------------------------------------------------------------------
+
+
+class WithAnother(Comms):
+    """Two ranks, of which the other one sends these losses and wishes."""
+
+    def __init__(self, other):
+        super().__init__(0, 2)
+        self.other = iter(other)
+
+    def all_reduce_sum(self, tensors):
+        for tensor in tensors:
+            tensor += torch.tensor(next(self.other))
+
+
+class SilentLog:
+    def training(self, *_):
+        pass
+
+
+def test_ranks_agree_to_stop():
+    """Another rank's wish is known behind the step in which it came."""
+    comms = WithAnother([(1.0, 0.0), (1.0, 1.0), (1.0, 0.0)])
+    losses = LossQueue(lambda *_: None)
+    stops = []
+    for plan in list(SPLIT_PLANS)[:3]:
+        losses.push(torch.tensor(1.0), plan, 0.0, comms)
+        losses.log_ready(SilentLog())
+        stops.append(losses.stop)
+    assert stops == [False, True, True]
+
+
+def run_with_fault(folder, monkeypatch, out, fault, *words):
+    """(exit code, stderr, seconds from the fault to the end)"""
+    monkeypatch.setenv("FAULT", fault)
+    (folder / "fault").unlink(missing_ok=True)
+    process = start_training(
+        folder, "--text", "text.txt", "--out", out, *SETS, *words, ranks=2, module="faulty"
+    )
+    try:
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, err, time.time() - float((folder / "fault").read_text())
+
+
+ENDS = r"was killed, or ended without a word"
+HANGS = r"no progress for \d+ s: "
+FAULTS = {
+    "raises": r"AttributeError: 'list' object has no attribute 'made_up'",
+    "is killed": ENDS,
+    "exits": ENDS,
+    "crashes": ENDS,
+    "sleeps": HANGS + r"it hangs in <lambda> \(faulty\.py:\d+\), called by ",
+    "holds the GIL": HANGS + r"its process stands still, or is in a call to C",
+    "is stopped": HANGS + r"its process stands still",
+}
+
+
+QUICK = ("is killed", 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank"),
+    [
+        pytest.param(fault, rank, marks=() if (fault, rank) == QUICK else pytest.mark.slow)
+        for fault in FAULTS
+        for rank in (0, 1)
+    ],
+)
+def test_a_fault_ends_all_ranks(folder, monkeypatch, tmp_path, fault, rank):
+    out = tmp_path / "run"
+    code, err, seconds = run_with_fault(folder, monkeypatch, out, f"{rank} {fault}")
+    assert code != 0 and seconds < LIMIT_S
+    cause = f"step 7: {FAULTS[fault]}"
+    ours = [line for line in err.splitlines() if line.startswith("speedrun: rank")]
+    assert len(ours) == 1 and re.match(rf"speedrun: rank {rank}: error: {cause}", ours[0])
+    # torchrun's own report comes behind it, with the same cause.
+    assert re.search(rf"RankFailure: rank {rank}: {cause}", "\n".join(err.splitlines()[-30:]))
+    for r in (0, 1):
+        file = (out / "errors" / f"rank{r}.txt").read_text()
+        dies = r == rank and fault in ("is killed", "exits", "crashes", "is stopped")
+        assert dies or re.search(r"train\.py\", line \d+,? in main", file)
+    if HANGS in FAULTS[fault]:
+        assert re.search(rf"rank {1 - rank} waits for all_reduce of \(2,\) float32", err)
