@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -132,9 +133,10 @@ GPU_STATE_KEYS = (
 )
 
 
-def gpu_states() -> list[dict[str, str]]:
-    """What the driver says of each GPU of this machine now; none where there is no driver."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE_KEYS)}", "--format=csv,noheader"]
+def gpu_states(keys: Sequence[str] = GPU_STATE_KEYS) -> list[dict[str, str]]:
+    """What the driver says of each GPU of this machine now; none where there is no driver, or
+    where it doesn't know one of the keys."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -142,7 +144,7 @@ def gpu_states() -> list[dict[str, str]]:
     if run.returncode:
         return []
     rows = [[value.strip() for value in line.split(",")] for line in run.stdout.splitlines()]
-    return [dict(zip(GPU_STATE_KEYS, row, strict=True)) for row in rows]
+    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def process_age_s() -> float:
