@@ -58,7 +58,7 @@ class LayerSpec:
     mudd: bool = False  # a network mixes saved x into values, residual and MLP; at most one layer
     gate_net: Literal["pre", "post"] = "pre"  # whose gates: of x0, or of x before the first "post"
 
-    WORDS: typing.ClassVar = {
+    WORDS: typing.ClassVar[dict[str, dict[str, Any]]] = {
         "short": {"window": "short"},
         "long": {"window": "long"},
         "none": {"attention": None},
@@ -214,7 +214,7 @@ class ModelConfig:
             "shared_input": not self.shared_attention_input,
             "mudd": not self.mudd,
         }
-        without = {role: False for role, is_off in off.items() if is_off}
+        without: dict[str, Any] = {role: False for role, is_off in off.items() if is_off}
         return tuple(dataclasses.replace(layer, **without) for layer in self.layers)
 
     @property

@@ -121,15 +121,10 @@ class NorMuon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_device: dict[torch.device, dict[Any, list[Tensor]]] = {}
+            by_device: dict[torch.device, dict[tuple, list[Tensor]]] = {}
             for param in group["params"]:
                 if param.grad is None or param.numel() == 0:
                     continue
-                if param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"NorMuon: the gradient of a parameter of shape {tuple(param.shape)} is "
-                        "sparse; it takes dense ones (nn.Embedding: sparse=False)"
-                    )
                 if not self.state[param]:
                     self.state[param] = _new_state(param, group)
                 kind = (param.shape[-2:], param.dtype, "low" in self.state[param])
@@ -142,7 +137,7 @@ class NorMuon(Optimizer):
         """Banks of one device, each the parameters of one shape and type."""
         states = [_bank_state([self.state[param] for param in params]) for params in banks]
         directions = momentum_polar_express(
-            [_bank([param.grad for param in params]) for params in banks],
+            [_bank([_dense_gradient(param) for param in params]) for params in banks],
             [state["momentum"] for state in states],
             group["momentum"],
             PRECISIONS.get(group["polar_precision"]),
@@ -228,6 +223,16 @@ def _check_group(group: dict[str, Any]) -> None:
                 f"NorMuon: {what} of shape {tuple(param.shape)} has type {param.dtype}; it takes "
                 "bfloat16, float32 and float64"
             )
+
+
+def _dense_gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None  # `step` leaves the others out
+    if param.grad.is_sparse:
+        raise RuntimeError(
+            f"NorMuon: the gradient of a parameter of shape {tuple(param.shape)} is sparse; it "
+            "takes dense ones (nn.Embedding: sparse=False)"
+        )
+    return param.grad
 
 
 def _check_saved_state(param: Tensor, saved: dict[str, Any]) -> None:

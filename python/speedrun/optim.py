@@ -25,6 +25,7 @@ from speedrun.schedule import StepPlan
 from speedrun.step_graph import StepGraphs, StepNumbers
 from speedrun.update_rules import RULES, Shard, UpdateRule
 
+Kind = Literal["replicated", "matrices", "rows", "columns"]
 HEAD, EMBED = "lm_head", "embed"  # (D, V) and (V, D): one parameter while a plan says `tied`
 
 
@@ -39,7 +40,7 @@ class Placement:
     name: str
     param: nn.Parameter
     row: MuonRow | AdamRow
-    kind: Literal["replicated", "matrices", "rows", "columns"]
+    kind: Kind
     sparse: bool = False  # only rows that a rank touched are sent to their owners
 
     @property
@@ -67,12 +68,14 @@ def placements(
     gradients of the large tables are on their way while matrices are orthogonalised.
     ConfigError: a parameter matches no row, or two, or a row that can't be its.
     """
-    params, rows = dict(named_parameters), (*config.muon_table, *config.adam_table)
+    params = dict(named_parameters)
+    rows: list[MuonRow | AdamRow] = [*config.muon_table, *config.adam_table]
     pair = _tied_pair(params)
     found = []
     for name, param in params.items():
         row = _only_row(name, rows)
-        kind, sparse = "rows", False
+        kind: Kind = "rows"
+        sparse = False
         if isinstance(row, MuonRow):
             kind = "matrices"
             if param.dim() < 2:
@@ -163,7 +166,7 @@ class ShardedParam:
             )
         grad_RC = self.rows_of(_gradient(self.param))
         nothing = grad_RC.new_empty(0, dtype=torch.int32)
-        return self.comms.reduce_scatter_rows(grad_RC, torch.cat([nothing, *self.touched]))
+        return self.comms.reduce_scatter_rows(grad_RC, torch.cat([nothing, *(self.touched or ())]))
 
     def shards(self, tied: bool) -> list[Shard]:
         """The own rows, with the sum of all ranks' gradients, which is waited for."""
@@ -247,9 +250,9 @@ def _gradient(param: nn.Parameter) -> Tensor:
     return param.grad
 
 
-def _share_launches(a: Item, b: Item) -> bool:
+def _share_launches(item: Item, other: Item) -> bool:
     """Two banks whose products over the short side can be one: those of attention and MLP."""
-    (a, *_), (b, *_) = a.places, b.places
+    a, b = item.places[0], other.places[0]
     if not a.kind == b.kind == "matrices" or a.param.dtype != b.param.dtype:
         return False
     return min(a.rows_shape[1:]) == min(b.rows_shape[1:])
@@ -454,6 +457,7 @@ def communication_bytes(
     that is sent by rows, how many of the rows that the rank touched belong to others. ValueError
     where such a table is missing there.
     """
+    sparse_rows_to_others = sparse_rows or {}
     bytes_sent: Counter[str] = Counter()
     replicated: Counter[torch.dtype] = Counter()
     for place in placements(named_parameters, config, world_size):
@@ -468,8 +472,8 @@ def communication_bytes(
         bytes_sent["all_gather"] += sent_bytes("all_gather", message, world_size)
         if not place.sparse:
             bytes_sent["reduce_scatter"] += sent_bytes("reduce_scatter", message, world_size)
-        elif place.name in (sparse_rows or {}):
-            rows_to_others = sparse_rows[place.name]
+        elif place.name in sparse_rows_to_others:
+            rows_to_others = sparse_rows_to_others[place.name]
             bytes_sent["all_to_all"] += sparse_sent_bytes(rows_to_others, row_bytes, world_size)
         else:
             raise ValueError(f"{place.name!r} is sent by rows: sparse_rows must have their number")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from speedrun.schedule import StepPlan
 class Shard(NamedTuple):
     """What a rule updates: a rank's rows of a parameter, and their gradient in the same type."""
 
-    rule: UpdateRule
+    rule: Any  # an UpdateRule, of the class whose `update` gets it
     weight: Tensor
     grad: Tensor
 

@@ -111,7 +111,8 @@ def _same_width(backend: Backend) -> Backend:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float):
         K, E = q.shape[-1], v.shape[-1]
-        out, lse = backend.forward(*padded(K, E, q, k, v), batch, scale)
+        q, k, v = padded(K, E, q, k, v)
+        out, lse = backend.forward(q, k, v, batch, scale)
         return out[..., :E], lse
 
     def backward(dout, q, k, v, out, lse, batch: Batch, scale: float):

@@ -138,7 +138,7 @@ def trial(backend: Backend, device: torch.device, head_dims: tuple[int, int]) ->
             mask = block_mask(cu_seqlens, num_tokens, window, dtype)
             with torch.enable_grad():
                 leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
-                expected = reference(*leaves, mask, scale)
+                expected = reference(leaves[0], leaves[1], leaves[2], mask, scale)
                 grads = torch.autograd.grad(expected, leaves, dout.to(dtype))
             results.append((expected.detach(), *grads))
         for name, mine, same, exact in zip(("out", "dq", "dk", "dv"), found, *results, strict=True):

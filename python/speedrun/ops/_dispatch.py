@@ -110,8 +110,8 @@ def _decide(*call: str | int | bool | None) -> str:
 # Under torch.compile both are called at the trace, and only there: their results are constants of
 # the graph. This is what torch.compiler.assume_constant_result sets; calling that would import the
 # compiler, which takes longer than all of speedrun.
-note._dynamo_marked_constant = True
-_decide._dynamo_marked_constant = True
+note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -141,7 +141,7 @@ def _decide_once(
     speeds = {b: speed for b, (passed, speed) in found.items() if passed and (speed or 1) >= 1}
     if None in speeds.values():
         return next(iter(speeds))
-    return max(speeds, key=speeds.get, default="torch")
+    return max(speeds, key=lambda backend: speeds[backend] or 0.0, default="torch")
 
 
 def _problem(backend: str, device_type: str, cuda_kernel: str, triton: bool) -> str:

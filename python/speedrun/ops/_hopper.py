@@ -27,5 +27,5 @@ def has_e4m3(device: torch.device) -> bool:
 
 
 # As in _dispatch. They return booleans: torch 2.11 can't compare a tuple that came so.
-is_hopper._dynamo_marked_constant = True
-has_e4m3._dynamo_marked_constant = True
+is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_e4m3._dynamo_marked_constant = True  # type: ignore[attr-defined]

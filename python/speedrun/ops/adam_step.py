@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from speedrun.ops._checks import check_tensor
 from speedrun.ops._dispatch import choose
@@ -52,9 +53,10 @@ def adam_step(tensors: Sequence[AdamTensor], *, eps: float, cautious: bool = Tru
     if backend == "torch":
         return reference.adam_step(tensors, eps=eps, cautious=cautious)
     params, grads, *states, beta1s, beta2s, seen = zip(*tensors, strict=True)
-    grads = [grad.contiguous() for grad in grads]
-    seen = [torch.empty(0, dtype=torch.bool, device=device) if s is None else s for s in seen]
-    columns = (list(column) for column in (params, grads, *states, seen, beta1s, beta2s))
+    dense = [grad.contiguous() for grad in grads]
+    none = torch.empty(0, dtype=torch.bool, device=device)
+    flags = [none if rows is None else rows for rows in seen]
+    columns = (list(column) for column in (params, dense, *states, flags, beta1s, beta2s))
     torch.ops.speedrun.adam_step(*columns, eps, cautious, backend)
 
 
@@ -67,7 +69,7 @@ def _check(tensor: AdamTensor, index: int, device: torch.device) -> None:
                 f"{where} {name} has type {dtype}; allowed are bfloat16, float32, float64"
             )
     shape, num_rows = param.shape, math.prod(param.shape[:-1])
-    wanted = {
+    wanted: dict[str, tuple[Tensor | None, torch.Size | tuple[int, ...], torch.dtype]] = {
         "param": (param, shape, param.dtype),
         "grad": (grad, shape, param.dtype),
         "exp_avg": (exp_avg, shape, exp_avg.dtype),
@@ -76,9 +78,8 @@ def _check(tensor: AdamTensor, index: int, device: torch.device) -> None:
         "seen": (seen, (num_rows,), torch.bool),
     }
     for name, (x, x_shape, dtype) in wanted.items():
-        if x is None and name == "seen":
-            continue
-        check_tensor(f"{where} {name}", x, x_shape, dtype, device, contiguous=name != "grad")
+        if x is not None:  # seen may be
+            check_tensor(f"{where} {name}", x, x_shape, dtype, device, contiguous=name != "grad")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{where} {name} must be in [0, 1), got {beta}")
@@ -95,15 +96,15 @@ def _reference_out(*arguments) -> None:
 
 
 def _run(*arguments) -> None:
-    *arguments, backend = arguments
+    *inputs, backend = arguments
     if backend == "cuda":
-        torch.ops.speedrun.adam_step_out(*arguments)
+        torch.ops.speedrun.adam_step_out(*inputs)
     elif backend == "triton":
         from speedrun.triton_kernels.adam_step import adam_step_out
 
-        adam_step_out(*arguments)
+        adam_step_out(*inputs)
     else:
-        _reference_out(*arguments)
+        _reference_out(*inputs)
 
 
 # `seen` is empty where a tensor has none. The first is the raw kernel: _C implements it for CUDA.

@@ -70,6 +70,7 @@ def quantize_head(
         for value in largest.values()
     ]
     w_f8_DV, w_f8_VD, _ = fp8_quantize(w_DV, scales[0], transposed=True)
+    assert w_f8_VD is not None  # it was asked for
     return Fp8Head(w_f8_DV, w_f8_VD, *scales)
 
 

@@ -79,10 +79,20 @@ def normuon_step(
     has_kernel = torch.float64 not in (weight_BMN.dtype, o_BMN.dtype)
     cuda_kernel = "normuon_step_out" if has_kernel else ""
     backend = choose("normuon_step", weight_BMN.device, cuda_kernel=cuda_kernel, triton=has_kernel)
-    options = {"beta2": beta2, "decay_lr_B": decay_lr_B, "cautious": cautious, "nearest": nearest}
     if backend == "torch":
-        state = (weight_BMN, low_BMN, o_BMN, second, lr_B, wd)
-        return reference.normuon_step(*state, **options, fp8=fp8)
+        return reference.normuon_step(
+            weight_BMN,
+            low_BMN,
+            o_BMN,
+            second,
+            lr_B,
+            wd,
+            beta2=beta2,
+            decay_lr_B=decay_lr_B,
+            cautious=cautious,
+            nearest=nearest,
+            fp8=fp8,
+        )
     if not isinstance(wd, Tensor):
         wd = torch.full((), wd, dtype=torch.float64, device=weight_BMN.device)
     partials = None
@@ -140,15 +150,15 @@ def _reference_out(
 
 
 def _run(*arguments) -> None:
-    *arguments, backend = arguments
+    *inputs, backend = arguments
     if backend == "cuda":
-        torch.ops.speedrun.normuon_step_out(*arguments)
+        torch.ops.speedrun.normuon_step_out(*inputs)
     elif backend == "triton":
         from speedrun.triton_kernels.normuon_step import normuon_step_out
 
-        normuon_step_out(*arguments)
+        normuon_step_out(*inputs)
     else:
-        _reference_out(*arguments)
+        _reference_out(*inputs)
 
 
 # The first is the raw kernel: _C implements it for CUDA.

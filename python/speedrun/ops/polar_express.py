@@ -7,7 +7,7 @@ gradient, norm and cast, in two kernels a bank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -166,11 +166,12 @@ def _check_momentum(grad: Tensor, momentum: Tensor, mu: float | Tensor) -> None:
 
 def _run_prologue(grad, momentum, mu, sums, x, norm_factor, eps, backend) -> None:
     if backend == "cuda":
-        kernels = torch.ops.speedrun
-        momentum_out = kernels.polar_express_momentum_out
-        normalize_out = kernels.polar_express_normalize_out
+        momentum_out: Callable = torch.ops.speedrun.polar_express_momentum_out
+        normalize_out: Callable = torch.ops.speedrun.polar_express_normalize_out
     else:
-        from speedrun.triton_kernels.polar_express import momentum_out, normalize_out
+        from speedrun.triton_kernels import polar_express as kernels
+
+        momentum_out, normalize_out = kernels.momentum_out, kernels.normalize_out
     momentum_out(grad, momentum, mu, sums)
     normalize_out(grad, momentum, mu, sums, norm_factor, eps, x)
 

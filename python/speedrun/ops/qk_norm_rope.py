@@ -67,8 +67,8 @@ def qk_norm_rope(
     (P, T, H·E), ve_gate_PTH (P, T, H); without a gate it counts 1.
     Differentiable in qkv, ve and gate. TypeError, ValueError: another type, shape or device.
     """
-    named = {"qkv_PTN": qkv_PTN, "cos": cos, "sin": sin}
-    _check(named | {"ve_PTD": ve_PTD, "ve_gate_PTH": ve_gate_PTH}, first_PT, num_heads)
+    named = {"cos": cos, "sin": sin, "ve_PTD": ve_PTD, "ve_gate_PTH": ve_gate_PTH}
+    _check(qkv_PTN, cos, named, first_PT, num_heads)
     first = first_PT if offset_keys else None
     cuda_kernel = "qk_norm_rope_out" if _cuda_takes(qkv_PTN, cos, num_heads) else ""
     has_kernel = qkv_PTN.dtype in KERNEL_DTYPES
@@ -76,8 +76,8 @@ def qk_norm_rope(
     arguments = (qkv_PTN, cos, sin, num_heads, offset_keys, first, ve_PTD, ve_gate_PTH)
     if backend == "torch":
         return reference.qk_norm_rope(*arguments)
-    arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
-    return torch.ops.speedrun.qk_norm_rope(*arguments, backend)
+    dense = (x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
+    return torch.ops.speedrun.qk_norm_rope(*dense, backend)
 
 
 def _cuda_takes(qkv: Tensor, cos: Tensor, num_heads: int) -> bool:
@@ -87,8 +87,14 @@ def _cuda_takes(qkv: Tensor, cos: Tensor, num_heads: int) -> bool:
     return qkv.dtype in KERNEL_DTYPES and K % 16 == 0 and E % 8 == 0 and max(K, E) <= 128
 
 
-def _check(named: dict[str, Tensor | None], first: Tensor | None, num_heads: int) -> None:
-    qkv, cos = named["qkv_PTN"], named["cos"]
+def _check(
+    qkv: Tensor,
+    cos: Tensor,
+    named: dict[str, Tensor | None],
+    first: Tensor | None,
+    num_heads: int,
+) -> None:
+    """`named`: all tensors but qkv and first, cos too, by their names in messages."""
     if qkv.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"qk_norm_rope: qkv_PTN has type {qkv.dtype}; allowed are {allowed}")
@@ -107,7 +113,7 @@ def _check(named: dict[str, Tensor | None], first: Tensor | None, num_heads: int
     table_heads = num_heads if cos.shape[1] == num_heads else 1
     shapes = {"qkv_PTN": (P, T, N), "ve_PTD": (P, T, v_width), "ve_gate_PTH": (P, T, num_heads)}
     shapes |= dict.fromkeys(("cos", "sin"), (T, table_heads, cos.shape[-1]))
-    for name, x in {**named, "first_PT": first}.items():
+    for name, x in {"qkv_PTN": qkv, **named, "first_PT": first}.items():
         if x is None:
             continue
         shape, dtype = shapes.get(name, (P, T)), torch.bool if name == "first_PT" else qkv.dtype
@@ -133,9 +139,9 @@ def _fake(qkv, cos, sin, num_heads, *_) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, backend = arguments
-    out = _fake(*arguments)
-    _run("qk_norm_rope_out", backend, (*arguments, *out))
+    *inputs, backend = arguments
+    out = _fake(*inputs)
+    _run("qk_norm_rope_out", backend, (*inputs, *out))
     return out
 
 
@@ -146,10 +152,10 @@ def _fake_bwd(qkv, cos, sin, num_heads, offset_keys, first, ve, gate, *_):
 
 
 def _bwd(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, backend = arguments
-    dqkv, dve, dgate = _fake_bwd(*arguments)
-    own = (None, None) if arguments[7] is None else (dve, dgate)
-    _run("qk_norm_rope_bwd_out", backend, (*arguments, dqkv, *own))
+    *inputs, backend = arguments
+    dqkv, dve, dgate = _fake_bwd(*inputs)
+    own = (None, None) if inputs[7] is None else (dve, dgate)
+    _run("qk_norm_rope_bwd_out", backend, (*inputs, dqkv, *own))
     return dqkv, dve, dgate
 
 

@@ -51,9 +51,9 @@ def residual_mix_norm(
     backend = _checked_backend(terms)
     if backend == "torch":
         return reference.residual_mix_norm(terms, eps, fp8)
-    outs = torch.ops.speedrun.residual_mix(*_flat(terms), eps, fp8)
-    x, normed, codes = (out.view(terms[0][1].shape) if out.dim() == 2 else None for out in outs)
-    return x, normed, codes
+    x, normed, codes = torch.ops.speedrun.residual_mix(*_flat(terms), eps, fp8)
+    shape = terms[0][1].shape
+    return x.view(shape), normed.view(shape), codes.view(shape) if fp8 else None
 
 
 static_scale = reference.static_scale
@@ -125,17 +125,18 @@ def _mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from speedrun.triton_kernels.residual_mix import residual_mix_out
 
-    outs = _empty_outputs(streams[0], eps, fp8)
-    wanted = (True, eps is not None, fp8)
+    x, normed, codes = _empty_outputs(streams[0], eps, fp8)
     residual_mix_out(
         streams,
         _by_term(factors, has_factor),
         numbers,
         eps or 0.0,
         static_scale(streams[0].shape[1], torch.device("cpu")).item(),
-        *(out if want else None for out, want in zip(outs, wanted, strict=True)),
+        x,
+        normed if eps is not None else None,
+        codes if fp8 else None,
     )
-    return outs
+    return x, normed, codes
 
 
 def _mix_bwd(

@@ -103,7 +103,8 @@ def softcap_ce_fp8(
     cuda_kernel = "softcap_ce_fp8_out" if aligned else ""
     backend = choose("softcap_ce", z_TV.device, cuda_kernel=cuda_kernel, triton=serves)
     result = torch.ops.speedrun.softcap_ce_fp8(z_TV, *loss, dz_scale, transposed, backend)
-    return LossAndGrad(*result[:3], result[3] if transposed else None)
+    loss_T, lse_T, dz_TV, dz_VT = result
+    return LossAndGrad(loss_T, lse_T, dz_TV, dz_VT if transposed else None)
 
 
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -156,8 +157,8 @@ def check(
 
 
 def _softcap_ce_fp8(z, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *loss, dz_scale, transposed, backend = arguments
-    loss = Loss(*loss)
+    *of_loss, dz_scale, transposed, backend = arguments
+    loss = Loss(*of_loss)
     outs = _empty_outputs(z, transposed)
     given = (*outs[:3], outs[3] if transposed else None)
     if backend == "torch":
@@ -181,10 +182,10 @@ def _softcap_ce_fp8(z, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _empty_outputs(z: Tensor, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, log-sum-exp, gradient and its transpose, of no elements if it isn't wanted."""
-    e5m2 = {"dtype": torch.float8_e5m2, "device": z.device}
     loss, lse = (z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2))
-    dz_VT = torch.empty(z.mT.shape if transposed else (0,), **e5m2)
-    return loss, lse, torch.empty(z.shape, **e5m2), dz_VT
+    dz_TV = torch.empty(z.shape, dtype=torch.float8_e5m2, device=z.device)
+    dz_VT = dz_TV.new_empty(z.mT.shape if transposed else (0,))
+    return loss, lse, dz_TV, dz_VT
 
 
 def softcap_ce_fp8_out(z: Tensor, *arguments) -> None:

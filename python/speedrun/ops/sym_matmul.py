@@ -54,7 +54,8 @@ def sym_matmul(
     for name, (x, shape) in shapes.items():
         if x is not None:
             _check(name, x, shape, a)
-    a, b, c, out_3d = (x if x is None or x.dim() == 3 else x[None] for x in (a, b, c, out))
+    a, out_3d = (x if x.dim() == 3 else x[None] for x in (a, out))
+    b, c = (x if x is None or x.dim() == 3 else x[None] for x in (b, c))
     b = a if b is None else b
     has_kernels = a.dtype in KERNEL_DTYPES
     compiled = has_kernels and is_hopper(a.device) and a.numel() > 0
