@@ -18,6 +18,11 @@ ENVIRONMENT_READERS = {"train.py", "cli.py", "comms.py", "runlog.py", "ops/_disp
 DISTRIBUTED_USERS = {"train.py", "cli.py", "comms.py", "runlog.py"}
 # The ranks' key-value store, and torchrun's error files: what is left when collectives hang.
 DISTRIBUTED_USERS |= {"peers.py", "failures.py"}
+# PyTorch's checkpoints, and how a rank's rows are described to them.
+CHECKPOINT_WRITERS = {"checkpoint.py", "autosave.py"}
+CHECKPOINT_PARTS = tuple(
+    f"torch.distributed.{name}" for name in ("checkpoint", "tensor", "device_mesh", "ProcessGroup")
+)
 
 # Who may import whom inside the package (first folder or module name); absent: anything.
 MAY_IMPORT = {
@@ -116,9 +121,8 @@ def import_problems(path, source):
             problems.append(f"{path} reads the environment")
     distributed = {n for n in imports(source) if f"{n}.".startswith("torch.distributed.")}
     distributed |= {n for n in attribute_chains(source) if n.startswith("torch.distributed.")}
-    if path == "checkpoint.py":
-        checkpoint = "torch.distributed.checkpoint"
-        distributed = {n for n in distributed if not f"{n}.".startswith(f"{checkpoint}.")}
+    if path in CHECKPOINT_WRITERS:
+        distributed = {n for n in distributed if not n.startswith(CHECKPOINT_PARTS)}
     if distributed and path not in DISTRIBUTED_USERS:
         problems.append(f"{path} uses {', '.join(sorted(distributed))}")
     return problems

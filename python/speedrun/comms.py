@@ -195,6 +195,10 @@ class Comms:
         self._call("all_gather of objects", dist.all_gather_object, values, value)
         return values
 
+    def host_group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for another thread's exchanges on the host; None for one rank."""
+        return None if self.world_size == 1 else dist.new_group(backend="gloo")
+
     def _begin(self, kind: str, message: Tensor) -> None:
         self._name(kind, message)
         self.sent[kind] += sent_bytes(kind, message.nbytes, self.world_size)

@@ -8,6 +8,7 @@ name says otherwise; steps count from 0.
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -466,3 +467,34 @@ class Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts and lists, for JSON."""
     return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `to_dict` gave, also from JSON. ConfigError names a key that doesn't fit."""
+    return _typed(Config, values, "config")
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    """A plain value as the annotated type; of a union's members, as the first that fits."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        names = {f.name for f in dataclasses.fields(hint)}
+        if isinstance(value, dict) and value.keys() == names:
+            hints = typing.get_type_hints(hint)
+            return hint(**{n: _typed(hints[n], value[n], f"{key}.{n}") for n in names})
+    elif origin in (typing.Union, types.UnionType):
+        for member in args:
+            try:
+                return _typed(member, value, key)
+            except ConfigError:
+                continue
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) == len(value):
+            items = zip(inner, value, strict=True)
+            return tuple(_typed(hint, item, f"{key}.{i}") for i, (hint, item) in enumerate(items))
+    elif (origin is typing.Literal and value in args) or type(value) is hint:
+        return value
+    elif hint is float and type(value) is int:
+        return value
+    raise ConfigError(f"{key}={value!r}: not a value of this version's configs")

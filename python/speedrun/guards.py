@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,14 @@ class LossTrend:
             self.stage = plan.stage
             self.losses.clear()
         self.losses.append(loss)
+
+    def state(self) -> dict[str, Any]:
+        """For JSON, and `restore`."""
+        return {"losses": list(self.losses), "stage": self.stage}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stage = state["stage"]
+        self.losses = deque(state["losses"], maxlen=TREND_STEPS)
 
 
 def rate_keys(config: OptimConfig) -> str:

@@ -111,11 +111,10 @@ def preflight(
     memory = attempt(memory_of, with_vocabulary(config), device, precision, comms.world_size)
     if comms.rank == 0:
         folder = Path(args.out or "runs")
-        resumes = bool(getattr(args, "resume", None))
-        if args.out and not resumes:
+        if args.out and args.resume is None:
             attempt(check_run_folder, folder)
         attempt(check_writable, folder)
-        kept = args.keep + 1 if getattr(args, "save_every", 0) else 0  # the next one beside them
+        kept = args.keep + 1 if args.save_every else 0  # the next one beside them
         needed = attempt(checkpoint_bytes, with_vocabulary(config), precision) if kept else 0
         attempt(check_disk, folder, LOG_BYTES + kept * (needed or 0))
     facts = run_facts(args, config, device, precision)
@@ -198,7 +197,7 @@ def run_facts(
     facts["NVIDIA driver"] = _driver() if device.type == "cuda" else "none"
     facts |= {f"--{name}": getattr(args, name) for name in SAME_ARGUMENTS}
     facts |= {"type of parameters": precision.dtype, "FP8": precision.fp8}
-    facts |= dict(_flat("config", to_dict(config)))
+    facts |= dict(flat("config", to_dict(config)))
     facts |= {f"source {path}": digest[:16] for path, digest in source_hashes().items()}
     return {key: str(value) for key, value in facts.items()}
 
@@ -211,7 +210,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """ "a.b.c" and value of everything inside dictionaries and lists."""
     if isinstance(value, Mapping):
         items: Iterable[tuple[Any, Any]] = value.items()
@@ -221,7 +220,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
         return
     for name, inner in items:
-        yield from _flat(f"{key}.{name}", inner)
+        yield from flat(f"{key}.{name}", inner)
 
 
 def shard_facts(data: DataSource) -> Facts:

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy
 import torch
@@ -160,7 +160,10 @@ def format_line(step: int, total_steps: int, name: str, loss: float, train_time_
 
 
 class RunLog:
-    """Writes the files of one run and shows its progress. On other ranks than 0 it is silent."""
+    """Writes the files of one run and shows its progress. On other ranks than 0 it is silent.
+
+    A folder that has logs already is that of a run that goes on: these are appended to.
+    """
 
     def __init__(self, folder: Path | None, total_steps: int, log_interval: int) -> None:
         self.folder, self.total_steps, self.log_interval = folder, total_steps, log_interval
@@ -168,13 +171,17 @@ class RunLog:
         self._text = self._metrics = self._bar = None
         self._last_shown_s = 0.0
         if folder is not None:
-            self._text = open(folder / "log.txt", "w", buffering=1, encoding="utf-8")
-            self._metrics = open(folder / "metrics.jsonl", "w", buffering=1, encoding="utf-8")
+            self._text = _whole_lines(folder / "log.txt")
+            self._metrics = _whole_lines(folder / "metrics.jsonl")
 
-    def header(self, config: Config, facts: dict[str, Any]) -> None:
-        """Config, versions, machine and hashes of the sources, before the first step."""
+    def header(self, config: Config, facts: dict[str, Any], step: int = 0) -> None:
+        """Config, versions, machine and hashes of the sources, before the first step.
+
+        Where the logs go on, it is an event "resumed", at this step.
+        """
         if self.folder is None:
             return
+        resumed = self._metrics.tell() > 0
         values = {
             "config": to_dict(config),
             "environment": environment() | {"gpu_states": hardware.gpu_states()},
@@ -182,7 +189,10 @@ class RunLog:
             **facts,
         }
         (self.folder / "config.json").write_text(json.dumps(values["config"], indent=1) + "\n")
-        self._event("header", **values)
+        if resumed:
+            self._event("resumed", step=step, **values)
+        else:
+            self._event("header", **values)
         for key, value in {**values["environment"], **facts}.items():
             self._write(f"{key}: {value}")
         digest = hashlib.sha256(json.dumps(values["sources"]).encode()).hexdigest()
@@ -271,6 +281,14 @@ class RunLog:
             print(line, flush=True)
 
 
+def _whole_lines(path: Path) -> TextIO:
+    """The file, to be appended to; a piece of a line, where a run was killed, is taken away."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return path.open("a", buffering=1, encoding="utf-8")
+
+
 def _progress_bar(total_steps: int) -> Any:
     """A tqdm bar on a terminal; False without tqdm or without a terminal."""
     if not sys.stderr.isatty():
@@ -291,11 +309,11 @@ class LossQueue:
     `STEPS_AHEAD` + 1 steps of a rank's wish. `look` sees each step's mean loss.
     """
 
-    def __init__(self, look: Callable[[StepPlan, float], None]) -> None:
+    def __init__(self, look: Callable[[StepPlan, float], None], tokens_done: int = 0) -> None:
         self.stop = False
         self._look = look
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, StepPlan, float]] = deque()
-        self._tokens_done = 0
+        self._tokens_done = tokens_done  # before
 
     def push(
         self,

@@ -94,7 +94,15 @@ class Schedule:
         )
 
     def __iter__(self) -> Iterator[StepPlan]:
-        return (self.plan(step) for step in range(self.total_steps + 1))
+        return self.plans_from(0)
+
+    def tokens_before(self, step: int) -> int:
+        """Trained on by the steps before this one."""
+        return sum(self.plan(done).tokens_per_step for done in range(step))
+
+    def plans_from(self, first: int) -> Iterator[StepPlan]:
+        """Of a run that goes on at this step."""
+        return (self.plan(step) for step in range(first, self.total_steps + 1))
 
 
 def _between(start: float, end: float, frac: float) -> float:

@@ -21,6 +21,7 @@ from speedrun.data import (
     GPT2,
     BatchShape,
     DataFormat,
+    LoaderPosition,
     Part,
     StepBatch,
     TokenLoader,
@@ -128,11 +129,23 @@ def check_data(config: Config, data: DataSource, schedule: Schedule, world_size:
 
 
 def training_loader(
-    config: Config, data: DataSource, schedule: Schedule, rank: int, world_size: int
+    config: Config,
+    data: DataSource,
+    schedule: Schedule,
+    rank: int,
+    world_size: int,
+    first_step: int = 0,
+    start: LoaderPosition | None = None,
 ) -> TokenLoader:
+    """first_step: of a run that goes on, and `start` where its batch is."""
+    shapes = batch_shapes(config, schedule, world_size)
+    to_come = [
+        dataclasses.replace(shape, steps=max(0, min(shape.steps, end - first_step)))
+        for shape, end in zip(shapes, schedule.ends, strict=True)
+    ]
     return TokenLoader(
         data.train,
-        batch_shapes(config, schedule, world_size),
+        to_come,
         format=data.format,
         bigram_table_rows=config.model.bigram_rows,
         sign_table_rows=config.model.sign_rows,
@@ -141,6 +154,7 @@ def training_loader(
         batching=config.data.batching,
         long_documents=data.long_documents,
         repeat=config.data.repeat,
+        start=start,
     )
 
 

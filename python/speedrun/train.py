@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speedrun import hardware, recipes
+from speedrun.autosave import Checkpoints, Start, describe, find_start
 from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import LossWeights, MicroBatch
 from speedrun.comms import Comms
@@ -59,10 +60,11 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
     """One run. ConfigError, DataError and RunError have a message for the user; or Stopped."""
     config = configure(args)
     run = start_run(args, config, watchdog)
+    start = find_start(args, run.comms)
     precision = Precision(run.dtype, run.fp8)
     config, data, tokenizer = preflight(args, config, run.comms, run.device, precision)
     schedule = Schedule(config.schedule)
-    log = start_log(args, config, data, run, watchdog)
+    log = start_log(args, config, data, run, watchdog, start)
 
     model = build_model(config, run, args.seed)
     model.compile(choose_compile(args.compile, run))
@@ -71,17 +73,20 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
     log.kernels(backends_used(), attention_backends())
     origin = Origin(to_argv(args), data.format, precision)
     guard = Guard(config, model, run.comms, log, origin, watchdog)
-    losses = LossQueue(guard.look)
+    losses = LossQueue(guard.look, schedule.tokens_before(start.step))
     clock = Clock(run.device)
-    loader = training_loader(config, data, schedule, run.comms.rank, run.comms.world_size)
+    described = describe(args.seed, config, data, precision, run.comms)
+    checkpoints = Checkpoints(args, described, optimizer, guard, log)
+    checkpoints.restore(start, clock)
+    position, ranks = start.position, (run.comms.rank, run.comms.world_size)
+    loader = training_loader(config, data, schedule, *ranks, start.step, position)
     with loader, guard:
         log.say(f"ready to train {hardware.process_age_s():.1f} s after the start")
         clock.start()
         guard.prefix_table = prefix_table = load_prefix_table(tokenizer, config, run)
-        for plan in schedule:
+        for plan in schedule.plans_from(start.step):
             watchdog.step(plan.step)
-            if losses.stop and not plan.last:
-                raise Stopped(f"stopped before step {plan.step}; nothing is saved")
+            checkpoints.before_step(plan, position, clock, losses)
             if plan.validate:
                 losses.log_all(log)
                 with clock.paused(), watchdog.phase("validation"):
@@ -92,6 +97,7 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
             batch = loader.next_step()
             batches = to_micro_batches(batch, config, run.device)
             inputs = (model, optimizer, batches, plan, prefix_table)
+            position = batch.position
             loss, is_good = guard.run(plan, batch, functools.partial(forward_backward, *inputs))
             if is_good:
                 optimizer.step(plan)
@@ -99,6 +105,7 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
             else:
                 optimizer.leave_out(plan)
             losses.log_ready(log)
+    checkpoints.finish(plan, position, clock)
     with watchdog.phase("the end", allowed_s=600):
         finish(config, data, log)
 
@@ -131,6 +138,9 @@ def start_run(args: argparse.Namespace, config: Config, watchdog: Watchdog) -> R
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     check_world_size(config, world_size)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is there
+        torch.use_deterministic_algorithms(True)
     if args.device == "cuda" and torch.cuda.device_count() < local_world_size:
         raise ConfigError(
             f"{local_world_size} ranks, but {torch.cuda.device_count()} GPUs are visible: "
@@ -157,13 +167,18 @@ def start_run(args: argparse.Namespace, config: Config, watchdog: Watchdog) -> R
 
 
 def start_log(
-    args: argparse.Namespace, config: Config, data: DataSource, run: Run, watchdog: Watchdog
+    args: argparse.Namespace,
+    config: Config,
+    data: DataSource,
+    run: Run,
+    watchdog: Watchdog,
+    start: Start,
 ) -> RunLog:
     """The run's folder, on rank 0; the other ranks learn whether it could be made."""
     folder, problem = None, None
     if run.comms.rank == 0:
         try:
-            folder = new_run_folder(args.out, config.name)
+            folder = start.folder or new_run_folder(args.out, config.name)
         except RunError as error:
             problem = str(error)
     shared, problem = run.comms.gather_objects((folder, problem))[0]
@@ -186,12 +201,17 @@ def start_log(
             "val_data": [str(path) for path in data.val],
             "tokenizer": data.format.tokenizer,
         },
+        start.step,
     )
     log.say(
         f"recipe {config.name}: {config.schedule.total_steps} steps on {run.comms.world_size} x "
         f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}; "
         f"log in {folder}"
     )
+    for note in start.notes:
+        log.say(note)
+    if start.checkpoint is not None:
+        log.say(f"goes on at step {start.step}, from {start.checkpoint}")
     for obstacle in obstacles:
         log.say(f"no record: {obstacle}")
     if config.data.repeat:
@@ -364,16 +384,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without progress, after which a run of several ranks is ended (default: ten times "
         "the longest step so far, at least 10; 0: never)",
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only PyTorch operations that give the same bits each time, which may be slower; "
+        "so a resumed run is bitwise the uninterrupted one, on as many ranks",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="write a checkpoint every so many steps and at the end (default: when a signal stops "
+        "the run, and at the end of a run with less than 100 MB to save)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=int,
+        default=2,
+        help="newest checkpoints that are kept (default: 2; 0: none is ever written)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from the newest good checkpoint of a run's folder, or (auto) of --out's, if "
+        "there is one; or start a new run from one checkpoint",
+    )
     parser.epilog = EXIT_CODES
 
 
 def to_argv(args: argparse.Namespace) -> list[str]:
     """The arguments again as a command line, for the processes that torchrun starts."""
     argv = [f"--set={override}" for override in args.set]
-    for name in ("recipe", "steps", "data", "text", "out", "compile", "seed", "device"):
+    for name in ("recipe", "steps", "data", "text", "out", "compile", "seed", "device", "resume"):
         value = getattr(args, name)
         argv += [] if value is None else [f"--{name}={value}"]
+    argv += [f"--save-every={args.save_every}", f"--keep={args.keep}"]
     argv += [] if args.hang_timeout is None else [f"--hang-timeout={args.hang_timeout}"]
+    argv += ["--deterministic"] * args.deterministic
     return argv + ["--repeat-data"] * args.repeat_data
 
 
