@@ -11,7 +11,9 @@ import pytest
 
 from data_helpers import BACKENDS, make_loader, outcome, random_tokens, write_shard
 from speedrun import data
+from speedrun._numpy_loader import Shard
 from speedrun.data import BYTES, BatchShape, DataError
+from speedrun.shards import read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +90,87 @@ def test_truncation_at_any_moment(tmp_path, backend):
             with pytest.raises(DataError, match=r"shard\.bin: "):
                 for _ in range(10_000):
                     loader.next_step()
+
+
+def is_whole(content: bytes) -> bool:
+    """What a shard of bytes must be, from the format's description alone."""
+    if len(content) < 1024:
+        return False
+    magic, version, count = np.frombuffer(content, "<i4", 3).tolist()
+    if (magic, version) != (20240520, 1) or count < 1 or len(content) != 1024 + 2 * count:
+        return False
+    tokens = np.frombuffer(content, "<u2", offset=1024)
+    return bool(tokens.max() < BYTES.vocab_size and (tokens == BYTES.bos_id).any())
+
+
+def test_sixty_thousand_harmed_shards(tmp_path):
+    """The verification takes exactly what is whole, and says the same of all else: DataError."""
+    random = np.random.default_rng(2)
+    good = write_shard(tmp_path / "good.bin", random_tokens(900, seed=0)).read_bytes()
+    path = tmp_path / "bad.bin"
+    taken = 0
+    for _ in range(60_000):
+        content = harmed(good, random)
+        path.write_bytes(content)
+        try:
+            Shard(path, BYTES).find_documents(at_least_one=True)
+            whole = True
+        except DataError as error:
+            whole = False
+            assert "bad.bin: " in str(error)
+        assert whole == is_whole(content)
+        taken += whole
+    assert 100 < taken < 30_000  # both kinds are among them
+
+
+def harmed_text(text: bytes, random: np.random.Generator) -> bytes:
+    """A manifest's bytes after one kind of harm."""
+    harm, at = random.integers(6), int(random.integers(len(text)))
+    if harm == 0:
+        return text[:at]
+    if harm == 1:
+        return text[:at] + random.bytes(int(random.integers(1, 20))) + text[at:]
+    if harm == 2:
+        return text[:at] + text[at + int(random.integers(1, 30)) :]
+    if harm == 3:
+        return random.choice([b"[", b'{"files":', b"null", b"1e999", b'"', b""]) * int(
+            2 ** random.integers(18)
+        )
+    if harm == 4:
+        values = (b"null", b"-1", b"[]", b"{}", b'"x"', b"1e999", b"true", b"70000", b"NaN")
+        words = text.split(b" ")
+        words[random.integers(len(words))] = random.choice(values)
+        return b" ".join(words)
+    changed = bytearray(text)
+    changed[at] ^= int(random.integers(1, 256))
+    return bytes(changed)
+
+
+def test_forty_thousand_harmed_manifests(tmp_path):
+    """Each reader gives what makes sense, or DataError that names the file."""
+    random = np.random.default_rng(3)
+    text = (
+        b'{ "tokenizer": "bytes" , "vocab_size": 257 , "bos_id": 256 , "long_documents": "split" ,'
+        b' "files": { "made_train_000000.bin": { "bytes": 3000 , "sha256": "00ff" } } }'
+    )
+    path = tmp_path / "manifest.json"
+    refused = 0
+    for _ in range(40_000):
+        path.write_bytes(harmed_text(text, random))
+        for read in (read_manifest, data.read_format, data.read_long_documents):
+            try:
+                found = read(tmp_path)
+            except DataError as error:
+                refused += 1
+                assert "manifest.json: " in str(error)
+                continue
+            if read is data.read_format:
+                assert isinstance(found.tokenizer, str) and 0 <= found.bos_id < found.vocab_size
+            elif read is read_manifest:
+                assert all(isinstance(entry, dict) for entry in found["files"].values())
+            else:
+                assert found in (None, "cut", "split")
+    assert 10_000 < refused < 110_000
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])

@@ -64,7 +64,7 @@ def _read_manifest(path: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # the last: of brackets without end
         raise DataError(f"{path}: not a readable JSON file ({e}); {_MANIFEST_FIX}") from None
     if not isinstance(manifest, dict):
         kind = type(manifest).__name__
