@@ -64,10 +64,17 @@ def test_a_wrong_folder_is_refused(run):
     result.stderr.fnmatch_lines("*data/golden_089: no folder golden_089 in it; give its parent")
 
 
+ALL_AT_ONCE = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["-m", "not slow and not gpu and not multigpu"]),
+        ([], ["-m", "not slow and not gpu and not multigpu", *ALL_AT_ONCE]),
+        (
+            ["--fixtures", "data"],
+            ["-m", "not slow and not gpu and not multigpu", "--shared-data={}", *ALL_AT_ONCE],
+        ),
         (["-m", "slow", "-x"], ["-m", "slow", "-x"]),
         (
             ["-q", "--fixtures", "data", "tests/a b.py"],
