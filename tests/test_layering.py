@@ -242,9 +242,9 @@ IMPORT = """
 import sys, time
 import torch
 modules = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import {module}
-elapsed = time.perf_counter() - start
+elapsed = time.process_time() - start
 import torch.distributed as dist
 assert not dist.is_initialized() and not torch.cuda.is_initialized()
 started = [name for name in ("triton", "torch._inductor", "torch._dynamo", "matplotlib", "tiktoken")
@@ -261,7 +261,7 @@ def test_importing_starts_nothing_and_is_quick(module):
     command = [sys.executable, "-c", IMPORT.format(module=module)]
     runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(3)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    # The best of three: another program on the machine must not fail this.
+    # CPU time, and the best of three: another program on the machine must not fail this.
     assert min(float(run.stdout) for run in runs) < 0.3
 
 

@@ -30,13 +30,16 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def adam_step(tensors: Sequence[AdamTensor], *, eps: float, cautious: bool = True) -> None:
-    """One update of each parameter in place; the formula is the reference's.
+    """One update of each parameter in place: u = m/(√v + eps)·size, W ← W − u − [u·W > 0]·decay·W.
 
+    m, v: moments of (g, g²) by beta1 and beta2; size and decay are `scalars` (2,) float64. Shapes
+    (...) are free; bfloat16, float32 or float64, moments of another of these if wanted.
     Give each parameter once. `seen`: its rows that have never had a gradient must have moments of
     0, and cost the read of their gradient only. Nothing waits for the device, and no number of the
     step is the host's, so calls can be captured in a CUDA graph. Not differentiable.
     TypeError: another type; ValueError: another shape, layout or device, or a number out of range;
     RuntimeError for parameters that ask for gradients, unless under torch.no_grad().
+    Source: Adam (arXiv 1412.6980), decay where the step goes towards 0 (arXiv 2510.12402).
     """
     if not tensors:
         return

@@ -49,7 +49,8 @@ def plan_attention(
     entries are documents of length 0. `window` w: token t sees keys t−w … t of its document.
     `dtype`, `head_dims` (K, E): of queries and values; without head dims the plan is the
     reference's. `max_seqlen`: no document is longer; FlashAttention launches for it.
-    Unavailable: an override asks for a backend that can't serve.
+    TypeError, ValueError: another type, or a number out of range. Unavailable: an override asks for
+    a backend that can't serve. Source: FlashAttention's varlen interface (arXiv 2307.08691).
     """
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise TypeError(
@@ -73,7 +74,13 @@ def plan_attention(
 def attention(
     q_THK: Tensor, k_THK: Tensor, v_THE: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """(T, H, E) attention output of queries and keys (T, H, K) and values (T, H, E)."""
+    """(T, H, E): softmax(scale·q·kᵀ)·v of queries and keys (T, H, K) and values (T, H, E).
+
+    plan: `plan_attention`'s, which says who sees whom and of which type they are: bfloat16, or any
+    floating one if the plan is the reference's. Differentiable in q, k and v.
+    ValueError: another shape; TypeError: another type than the plan's.
+    Source: FlashAttention (arXiv 2307.08691), with sliding windows over documents.
+    """
     if q_THK.shape != k_THK.shape or q_THK.shape[:2] != v_THE.shape[:2]:
         raise ValueError(
             f"attention needs q and k (T, H, K) and v (T, H, E), got {tuple(q_THK.shape)}, "

@@ -30,8 +30,10 @@ def attention_epilogue(
 ) -> Tensor:
     """(..., T, H, E) gate·(y − tanh(α)·(⟨y, v⟩ / max(|v|², 1e−8))·v), `xsa_TH` holding α.
 
-    None leaves a part out; without both the result is y itself. Computed in at least float32,
-    rounded once. Differentiable in all four.
+    xsa_TH and gate_TH (..., T, H); None leaves a part out; without both the result is y itself.
+    float16, bfloat16, float32 or float64, one type for all; computed in at least float32, rounded
+    once. Differentiable in all four. TypeError: another type; ValueError: another shape or device.
+    Source: exclusive self-attention (arXiv 2603.09078) and head gates, as record 089 has them.
     """
     _check("attention_epilogue", y_THE, v_THE, xsa_TH, gate_TH)
     if xsa_TH is None and gate_TH is None:
@@ -52,7 +54,8 @@ def attention_epilogue_fp8(
     """(out, out_f8 like it, () float32 max|out|): `attention_epilogue`, and out / scale in e4m3.
 
     `scale`: a float32 tensor (), such as `delayed_scale` of an earlier max. The copy
-    is made of out as it was rounded, as `fp8_quantize` makes it. Only out has a gradient.
+    is made of out as it was rounded, as `fp8_quantize` makes it. Only out has a gradient. Shapes,
+    types, errors (TypeError, ValueError) and source as for `attention_epilogue`.
     """
     _check("attention_epilogue_fp8", y_THE, v_THE, xsa_TH, gate_TH)
     check_tensor("attention_epilogue_fp8: scale", scale, (), torch.float32, y_THE.device)

@@ -24,7 +24,8 @@ MAX_ROW_BYTES = 256  # of a head: 128 numbers of bf16, so that blocks fit into s
 def plan_dc_attention(cu_seqlens: Tensor, num_tokens: int, window: int) -> DcPlan:
     """Who sees whom: token t keys t−window+1 … t of its document.
 
-    `cu_seqlens` (N,) int32: rising document starts from 0, padded with num_tokens.
+    `cu_seqlens` (N,) int32: rising document starts from 0, padded with num_tokens. TypeError:
+    another type; ValueError: a window or num_tokens below 1. Source: as for `dc_attention`.
     """
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise TypeError(
@@ -49,7 +50,9 @@ def dc_attention(
     """(T, H, E): what is added to attention's output, heads' weights mixed by w1 and shared by w2.
 
     Queries and keys (T, H, K), values (T, H, E), weights (T, H), normed over the heads if w1;
-    differentiable in all. ValueError: shapes or devices that don't go together.
+    differentiable in all. Kernels take bfloat16 or float32, the reference any floating type.
+    ValueError: shapes or devices that don't go together.
+    Source: dynamically composable attention (arXiv 2405.08553), as record 089 has it.
     """
     _check(q_THK, k_THK, v_THE, w1_TH, w2_TH, plan)
     has_kernel = (

@@ -49,8 +49,17 @@ def fp8_matmul(
     row_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
 ) -> Tensor:
-    """s (M, N) of a (M, K) and b (N, K), or (L, M, N) of (L, M, K) and (L, N, K), in `out_dtype`:
-    bfloat16, float32, or FP8: quantised(s, out_scale). Row m also times `row_scale` (M,) float32.
+    """s (M, N) = A·Bᵀ·scale_a·scale_b, in `out_dtype`: bfloat16, float32, or FP8.
+
+    a (M, K) and b (N, K), or (L, M, K) and (L, N, K) for (L, M, N): float8_e4m3fn or float8_e5m2,
+    contiguous along K, strides of rows are free. scale_a, scale_b: float32 tensors of one element
+    on the same device; a number is its byte times the scale. row_scale (M,) float32: row m is also
+    times its element m. out_scale, like scale_a: what an FP8 result is quantised by, which is
+    s / out_scale, clamped, to nearest even. fast_accum: sums of about 14 bits, as torch._scaled_mm
+    has them; else they are in float32 at least every 128 of K. No gradient.
+    TypeError: another type; ValueError: another shape, layout or device, or out_scale without an
+    FP8 out_dtype; RuntimeError: tensors that ask for gradients, unless under torch.no_grad().
+    Source: torch._scaled_mm, and FP8 of the NanoGPT speedrun's record 089.
     """
     _check_operands("fp8_matmul", a, b, scale_a, scale_b, dims=(2, 3))
     if out_dtype not in OUT_DTYPES:
@@ -79,9 +88,10 @@ def fp8_matmul_add_(
     *,
     fast_accum: bool = False,
 ) -> Tensor:
-    """Adds s to `c` (M, N), float32 and contiguous, in place and returns it.
+    """Adds s (M, N) of `fp8_matmul` to `c` (M, N), float32 and contiguous, in place; returns c.
 
     On a GPU K may be cut into parts that are added in any order: not the same bits in every run.
+    a, b (2-D) and scales as for `fp8_matmul`; errors as for it. Source: weights' gradients in FP8.
     """
     _check_operands("fp8_matmul_add_", a, b, scale_a, scale_b)
     _check_like("fp8_matmul_add_", c, "c", (a.shape[0], b.shape[0]), FP32, a)
@@ -104,6 +114,9 @@ def fp8_matmul_relu2(
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
     """post = bf16(relu(bf16(s))²) (M, N), or None without `keep_post`; quantised(post, post_scale)
     (M, N) e4m3; the same (N, M), contiguous, or None without `transposed`; max(post) () float32.
+
+    s, a, b (2-D) and scales are those of `fp8_matmul`, errors as for it. post_scale: a float32
+    tensor of one element. Source: the MLP of the NanoGPT speedrun's record 089.
     """
     _check_operands("fp8_matmul_relu2", a, b, scale_a, scale_b)
     _check_scale("fp8_matmul_relu2", post_scale, "post_scale", a)
@@ -132,6 +145,9 @@ def fp8_matmul_drelu2(
     is bfloat16, or e4m3 times `post_scale`. Without `out_scale`: dpre in bfloat16, None, None.
     With it quantised(dpre, out_scale) in e5m2; the same (N, M), contiguous, or None without
     `transposed`; max|dpre| () float32.
+
+    s, a, b (2-D) and scales are those of `fp8_matmul`, errors as for it; ValueError also for
+    transposed without out_scale. Source: the gradient of `fp8_matmul_relu2`.
     """
     _check_operands("fp8_matmul_drelu2", a, b, scale_a, scale_b)
     post_dtype = BF16 if post_scale is None else E4M3

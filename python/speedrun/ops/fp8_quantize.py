@@ -35,8 +35,12 @@ def fp8_quantize(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x_f8 like x, its transpose (N, M) or None, () float32 max|x| or None), in one read of x.
 
-    dtype: float8_e4m3fn or float8_e5m2. TypeError: another type; ValueError: another number of
-    dimensions or layout, a scale of more than one element or on another device.
+    x (M, N) or (B, M, N) in float16, bfloat16 or float32; scale: a float32 tensor of one element.
+    x_f8 is x / scale, clamped, to nearest even, in dtype: float8_e4m3fn or float8_e5m2. Results
+    have no gradient.
+    TypeError: another type; ValueError: another number of dimensions or layout, a scale of more
+    than one element or on another device.
+    Source: FP8 formats (arXiv 2209.05433), scaled as by the NanoGPT speedrun's record 089.
     """
     _check(x, scale, dtype)
     x, scale = x.detach(), scale.detach()
@@ -54,7 +58,8 @@ def fp8_quantize_current(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(x_f8, its transpose or None, () scale) by x's own amax: max(amax, 1e-12) * margin / largest.
 
-    Reads x twice. Errors as for `fp8_quantize`.
+    x (M, N) or (B, M, N). Reads x twice. Types, errors (TypeError, ValueError) and source as for
+    `fp8_quantize`.
     """
     _check(x, None, dtype)
     scale = reference.scale_of(reference.max_abs(x.detach()), margin, dtype)
@@ -67,7 +72,9 @@ def delayed_scale(
 ) -> Tensor:
     """The scale (float32, like `amax`) for values that an earlier `amax` foretells.
 
-    max(amax, 1e-12) * headroom / largest; headroom 1.80 is the record's for the MLP's activations.
+    amax of any shape, such as (L,). max(amax, 1e-12) * headroom / largest of dtype; headroom 1.80
+    is the record's for the MLP's activations. TypeError: another type. Source: delayed scaling of
+    Transformer Engine, with the last amax alone.
     """
     if dtype not in FP8_DTYPES or amax.dtype != torch.float32:
         raise TypeError(f"delayed_scale: wants float32 and an fp8 type, got {amax.dtype}, {dtype}")
@@ -80,7 +87,8 @@ def rms_norm_fp8_quantize(
     """(y bf16 or None, x_f8 e4m3, its transpose or None), y the RMS norm of x's last dimension.
 
     y is computed in float32 and rounded to bf16, then quantised. |y| is at most sqrt(N), so a scale
-    of sqrt(N) / 448 fits always, without a pass for the amax. Errors as for `fp8_quantize`.
+    of sqrt(N) / 448 fits always, without a pass for the amax. x (M, N) or (B, M, N); types, errors
+    (TypeError, ValueError) and source as for `fp8_quantize`; the norm: arXiv 1910.07467.
     """
     _check(x, scale, E4M3)
     x, scale = x.detach(), scale.detach()
@@ -107,7 +115,7 @@ def refresh_mlp_weights(
     mlp_bank (2L, F, D) bf16 contiguous: up, down, up, down, ...; down_amax (L,) float32: the
     `down_amax` of the refresh before, read only with `headroom` (the record: from step 17 on).
     up_t, down_row: whether to make the optional copies too. TypeError, ValueError: another type,
-    shape or layout.
+    shape or layout. Source: the MLP of the NanoGPT speedrun's record 089.
     """
     if mlp_bank.dtype != torch.bfloat16 or down_amax.dtype != torch.float32:
         raise TypeError(

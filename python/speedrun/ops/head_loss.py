@@ -55,7 +55,8 @@ def quantize_head(
 
     The largest values of x, W and of the logits' gradient, of a sum of losses, that their scales
     are made for; x and W are clamped there. The gradient's is over 448 too, as the record has it,
-    so that e5m2 clamps it only at 128 times `grad_amax`. ValueError for one that is not positive.
+    so that e5m2 clamps it only at 128 times `grad_amax`. ValueError for one that is not positive,
+    TypeError for another w_DV. Source: the head of the NanoGPT speedrun's record 089.
     """
     largest = {"w_amax": w_amax, "x_amax": x_amax, "grad_amax": grad_amax}
     for name, value in largest.items():
@@ -92,6 +93,8 @@ def head_loss(
 ) -> Tensor:
     """(T,) loss `softcap_ce` of x·W, float32 (of float64: float64); differentiable in x and W.
 
+    x_TD (T, D) and w_DV (D, V) of any floating type; targets and what else there is of the loss, as
+    for `softcap_ce`, which is also its source.
     With `fp8`, the copies of this `w_DV`, both are bf16. `dw_sum_DV`, only with `fp8` and outside
     compiled code: a float32 buffer to which backward adds dW, unrounded, instead of giving W a
     gradient, for all micro-batches and steps between two updates. TypeError for another type,

@@ -57,6 +57,7 @@ def normuon_step(
 ) -> None:
     """W ← (W − [O·W ≥ 0]·W·wd·decay_lr) − O·lr, O rescaled first; the formulas are the reference's.
 
+    weight_BMN (B, M, N) bfloat16, float32 or float64, in place; o_BMN like it, or float16.
     low_BMN int16: the exact weights' low bits, None: there are none, and W is rounded to nearest.
     second (B, M, 1), or (B, 1, N) where M < N, in float32 (float64 of float64): NorMuon's state;
     None: O is taken as it is. lr_B, decay_lr_B (B,) and wd () are float64 on the device, so that
@@ -65,6 +66,7 @@ def normuon_step(
     rounded, not cut off. fp8: takes e4m3 copies of the new weights, and their amax.
     TypeError: another type; ValueError: another shape, layout or device, or beta2 out of range;
     RuntimeError for weights that ask for gradients, unless under torch.no_grad().
+    Source: NorMuon (arXiv 2510.05491), as the NanoGPT speedrun's record 089 has it.
     """
     decay_lr_B = lr_B if decay_lr_B is None else decay_lr_B
     _check(weight_BMN, low_BMN, o_BMN, second, lr_B, decay_lr_B, wd, fp8)

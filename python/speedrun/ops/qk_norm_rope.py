@@ -65,7 +65,10 @@ def qk_norm_rope(
     offset_keys: the stationary half of a key is that of the token before, but for the first token
     of a part and where `first_PT` (P, T) bool, read only then, is true. v += gate·ve: ve_PTD
     (P, T, H·E), ve_gate_PTH (P, T, H); without a gate it counts 1.
-    Differentiable in qkv, ve and gate. TypeError, ValueError: another type, shape or device.
+    float16, bfloat16, float32 or float64, one type for all. Differentiable in qkv, ve and gate.
+    TypeError, ValueError: another type, shape or device.
+    Source: query-key norm (arXiv 2302.05442), rotary embeddings (arXiv 2104.09864) on half the
+    dims, value embeddings, as the NanoGPT speedrun's record 089 has them.
     """
     named = {"cos": cos, "sin": sin, "ve_PTD": ve_PTD, "ve_gate_PTH": ve_gate_PTH}
     _check(qkv_PTN, cos, named, first_PT, num_heads)

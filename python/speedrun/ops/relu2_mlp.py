@@ -67,8 +67,9 @@ _NO_FP8 = (Gemms(up="bf16", down="bf16"), *[None] * 7)
 def relu2_mlp(h: Tensor, up_FD: Tensor, down_FD: Tensor, fp8: Fp8Layer | None = None) -> Tensor:
     """(..., D) of `h` (..., D), `up_FD` and `down_FD` (F, D); differentiable in these three.
 
-    Without `fp8` any floating type. With it, or on backend cuda or triton, bf16 and contiguous,
-    else TypeError or ValueError.
+    relu(h·Upᵀ)²·Down. Without `fp8` any floating type. With it, or on backend cuda or triton,
+    bfloat16 and contiguous, else TypeError or ValueError.
+    Source: relu² of Primer (arXiv 2109.08668); FP8 of the NanoGPT speedrun's record 089.
     """
     if fp8 is None and backend_of(h, up_FD) == "torch":
         return reference.relu2_mlp(h, up_FD, down_FD)

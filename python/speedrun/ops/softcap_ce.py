@@ -46,7 +46,13 @@ def softcap_ce(
 ) -> Tensor:
     """(T,) float32 (of float64: float64) loss Σ_n weights[n]·CE(a·σ((z + b)/c), targets[:, n]).
 
-    Differentiable in z, of any floating type.
+    z_TV (T, V) of any floating type, differentiable; targets_TN (T, N) int64, −1 counts nothing;
+    weights_N (N,) floating. prefix_targets_T (T,) int64 is one more target, of weight
+    prefix_weight, a number or a tensor (). count_missing_targets: missing targets count in the
+    gradient; round_sigmoid: σ is rounded to bf16, as the public kernel does both.
+    TypeError: another type; ValueError: another shape, or a prefix_weight without targets.
+    Source: logit softcapping of Gemma 2 (arXiv 2408.00118) and multi-token prediction (arXiv
+    2404.19737), as the NanoGPT speedrun's record 089 has them: a, b, c = 23, 5, 7.5.
     """
     check("softcap_ce", "z_TV", z_TV, targets_TN, weights_N, prefix_targets_T, prefix_weight)
     return reference.softcap_ce(
@@ -83,7 +89,8 @@ def softcap_ce_fp8(
     `transposed` also (V, T).
 
     Kernels keep a factor of the gradient in bf16: a byte in a hundred is e5m2's other neighbour.
-    Not of float64. RuntimeError for a z that asks for a gradient: this is one.
+    z_TV in float16, bfloat16 or float32; all else, errors and source as for `softcap_ce`.
+    RuntimeError for a z that asks for a gradient: this is one.
     """
     op = "softcap_ce_fp8"
     check(op, "z_TV", z_TV, targets_TN, weights_N, prefix_targets_T, prefix_weight, FP8_PATH_DTYPES)

@@ -30,6 +30,7 @@ def sym_matmul(
 ) -> Tensor:
     """(B, N, N) alpha·A·Aᵀ + beta·C of `a` (B, N, K); also without B. Summed in at least float32.
 
+    float16 or bfloat16, and on the torch backend float32 or float64, one type for all.
     trans: alpha·Aᵀ·A + beta·C of `a` (B, K, N). b: alpha·A·Bᵀ instead, for a `b` like `a` with
     which the caller knows that to be symmetric but for roundings, such as commuting symmetric
     matrices; its lower triangle counts, and the result is symmetric in every bit. c: (B, N, N),
@@ -38,6 +39,7 @@ def sym_matmul(
     TypeError: another type; ValueError: another shape or layout, beta without c, b with trans, or
     an out that shares memory with an operand or itself; RuntimeError for tensors that ask for
     gradients, unless under torch.no_grad().
+    Source: BLAS's syrk, as Muon's Newton–Schulz steps need it.
     """
     if a.dim() not in (2, 3):
         raise ValueError(f"sym_matmul: a must be (N, K) or (B, N, K), got {tuple(a.shape)}")

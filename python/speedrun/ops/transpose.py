@@ -30,7 +30,9 @@ ADD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def transpose(x: Tensor) -> Tensor:
     """(B, N, M) contiguous copy of `x` (B, M, N), or (N, M) of (M, N), bit for bit; differentiable.
 
-    TypeError: another type; ValueError: another number of dimensions or layout.
+    uint8, int8, FP8, float16, bfloat16, int32 or float32. TypeError: another type; ValueError:
+    another number of dimensions, or a last one that isn't contiguous.
+    Source: x.mT.contiguous() of PyTorch.
     """
     _check(x, "x", DTYPES)
     backend = choose("transpose", x.device, cuda_kernel="transpose_out", triton=True)
@@ -43,7 +45,8 @@ def transpose_add_(out: Tensor, x: Tensor) -> Tensor:
     """Adds `x` (B, M, N) transposed to `out` (B, N, M) in place and returns it; also without B.
 
     One type for both: float16, bfloat16 or float32; summed in float32, rounded once. Not
-    differentiable. Errors as for `transpose`, and RuntimeError for tensors that ask for gradients.
+    differentiable. Errors as for `transpose`, TypeError and ValueError, and RuntimeError for
+    tensors that ask for gradients. Source: out.add_(x.mT) of PyTorch.
     """
     _check(x, "x", ADD_DTYPES)
     _check(out, "out", ADD_DTYPES)

@@ -58,7 +58,8 @@ def adamw_step(
     """One update in place, as torch.optim.AdamW's. `lr` may be a tensor for parts of W.
 
     W ← W·(1 − lr·wd) − lr·m̂/(√v̂ + eps), m̂ = m/(1−β1^t), v̂ = v/(1−β2^t), t = `step` from 1.
-    Computed as `adam_step` is.
+    param (...) of any floating type. Computed as `adam_step` is; errors as for PyTorch's functions.
+    Source: AdamW (arXiv 1711.05101).
     """
     m, v = _new_moments(grad, exp_avg, exp_avg_sq, beta1, beta2)
     root = (v / (1 - beta2**step)).sqrt_().add_(eps)
