@@ -162,7 +162,7 @@ def check_triton(machine: Machine) -> Iterator[Finding]:
 
 def check_library(machine: Machine) -> Iterator[Finding]:
     """speedrun._C, the CUDA kernels."""
-    fix = "SPEEDRUN_CUDA=1 pip install --no-build-isolation . in the checkout (needs nvcc)"
+    fix = "SPEEDRUN_CUDA=1 pip install . in the checkout, with nvcc of torch's CUDA version there"
     if not machine.gpus:
         yield Finding("CUDA kernels", "skip", "need a GPU")
     elif machine.library_problem:
@@ -444,11 +444,11 @@ def check_operator(machine: Machine, stem: str, outcomes: Mapping[str, Outcome])
     if backend in _dispatch.BACKENDS and backend != "torch":
         parts.append(reason(stem, backend, capability))
     for name, outcome in others.items():
-        if name != backend and outcome.verdict == "pass":
+        if outcome.verdict == "fail":
+            parts.append(f"{name} does not work here: {outcome.text}")
+        elif outcome.verdict == "pass" and name != backend:
             why = f", {reason(stem, name, capability)}" if name in ("cuda", "triton") else ""
             parts.append(f"{name} is right too{why}")
-        elif name != backend and outcome.verdict == "fail":
-            parts.append(f"{name} does not work here: {outcome.text}")
     text = "; ".join(parts)
     if served.verdict == "fail":
         return Finding(stem, "fail", text, f"export SPEEDRUN_BACKEND={stem}=torch; {REPORT}")

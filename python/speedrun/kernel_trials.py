@@ -348,7 +348,7 @@ def _one_process(
     ]
     for thread in threads:
         thread.start()
-    current, limit_s = "", START_S
+    current, limit_s, began = "", START_S, time.monotonic()
     try:
         while True:
             left_s = deadline - time.monotonic()
@@ -358,11 +358,15 @@ def _one_process(
                 if limit_s < left_s:
                     late = Outcome("fail", f"no end after {limit_s:.0f} s")
                     outcomes |= dict.fromkeys([current] if current else items, late)
+                elif current:
+                    seconds = time.monotonic() - began
+                    text = f"had run for {seconds:.0f} s when the time for all was over"
+                    outcomes[current] = Outcome("skip", text)
                 return outcomes
             if line is None:
                 break
             event = json.loads(line)
-            current, limit_s = event.pop("begins", ""), item_limit_s
+            current, limit_s, began = event.pop("begins", ""), item_limit_s, time.monotonic()
             if "item" in event:
                 item = event.pop("item")
                 outcomes[item] = Outcome(**event)
