@@ -18,7 +18,7 @@ from speedrun.machine import Gpu, Machine
 from speedrun.ops import _dispatch
 
 GIB = 1 << 30
-H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", 79 * GIB, 80 * GIB)
+H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 * GIB)
 HEALTHY = {
     "driver_version": "580.82.07",
     "persistence_mode": "Enabled",
@@ -111,13 +111,6 @@ def test_a_laptop_passes_what_it_has_and_skips_the_rest():
         ),
         ({"gpus": [H100, H100._replace(name="T4")]}, "GPUs", "warn", "and T4", "of one kind"),
         ({"gpus": [H100._replace(capability="7.5")]}, "GPUs", "warn", "no bf16", "float32"),
-        (
-            {"gpus": [H100, H100._replace(free_bytes=GIB)]},
-            "GPU memory",
-            "warn",
-            "GPU 1: 1.0 GiB of 80.0 GiB",
-            "end the programs",
-        ),
         ({"health": []}, "nvidia-smi", "warn", "not there", "DRIVER_CAPABILITIES"),
         (
             sick(ecc__errors__uncorrected__volatile__total="3"),
@@ -195,6 +188,7 @@ def outcomes(**changes):
     clock = {"clocks.sm": "1755 MHz", "clocks.max.sm": "1980 MHz", "temperature.gpu": "60"}
     values = {"flops_per_s": 7e14, "states": [clock, {**clock, "clocks.sm": "345 MHz"}]}
     found["matmul"] = Outcome("pass", "", values)
+    found["memory"] = Outcome("pass", "", {"free_bytes": [79 * GIB, 79 * GIB]})
     return found | {item.replace("__", " "): outcome for item, outcome in changes.items()}
 
 
@@ -205,7 +199,7 @@ def bad_ones(found):
 
 def test_kernels_that_are_right_pass():
     assert bad_ones(outcomes()) == []
-    assert len(doctor.check_kernels(TWO_H100, outcomes())) == 2 + len(kernel_trials.TRIALS)
+    assert len(doctor.check_kernels(TWO_H100, outcomes())) == 3 + len(kernel_trials.TRIALS)
 
 
 def test_a_wrong_default_fails_and_a_wrong_choice_is_a_warning():
@@ -241,6 +235,20 @@ def test_a_slow_gpu_and_a_broken_exchange_are_named():
     assert (topic, status) == ("GPU clocks", "warn") and "-rgc" in fix
     ((topic, status, text, _),) = bad_ones(outcomes(nccl=Outcome("fail", "no end after 15 s")))
     assert (topic, status, text) == ("NCCL", "fail", "no end after 15 s")
+
+
+def test_memory_that_others_hold_is_named():
+    held = Outcome("pass", "", {"free_bytes": [79 * GIB, GIB]})
+    ((topic, status, text, _),) = bad_ones(outcomes(memory=held))
+    assert (topic, status) == ("GPU memory", "warn") and "only GPU 1: 1.0 GiB of 80.0" in text
+    ((topic, status, text, _),) = bad_ones(outcomes(memory=Outcome("fail", "device is busy")))
+    assert (topic, status, text) == ("GPU memory", "fail", "device is busy")
+
+
+def test_what_attention_lacks_is_said():
+    lacking = outcomes(attention__fa4=Outcome("skip", "flash_attn.cute is not installed"))
+    (found,) = (f for f in doctor.check_kernels(TWO_H100, lacking) if f.topic == "attention")
+    assert found.status == "pass" and "fa4: flash_attn.cute is not installed" in found.text
 
 
 def test_the_reason_for_a_backend_is_its_verdict(monkeypatch):
@@ -304,7 +312,11 @@ def test_wrong_results_are_found(monkeypatch):
 def test_a_backend_that_cannot_serve_is_left_out():
     found = kernel_trials.try_item("transpose cuda", torch.device("cpu"))
     assert found.verdict == "skip" and "without a GPU" in found.text
-    assert kernel_trials.try_item("nccl", torch.device("cpu")).verdict == "skip"
+    with _dispatch.use_backend("cuda", "transpose"):
+        found = kernel_trials.try_item("transpose served", torch.device("cpu"))
+    assert found.verdict == "fail" and "the override asks for" in found.text
+    for item in ("memory", "matmul", "nccl"):
+        assert kernel_trials.try_item(item, torch.device("cpu")).verdict == "skip"
 
 
 CHILD = """

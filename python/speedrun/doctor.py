@@ -80,7 +80,7 @@ def check_torch(machine: Machine) -> Iterator[Finding]:
             f"{', '.join(machine.torch_folders)}",
             "use one virtual environment: unset PYTHONPATH, or pip uninstall the others",
         )
-    elif machine.has_gpu and not machine.torch_cuda:
+    elif machine.has_gpu and not machine.torch_cuda and not machine.gpus:
         yield Finding(
             "torch",
             "fail",
@@ -207,13 +207,6 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
         )
     else:
         yield Finding("GPUs", "pass", f"{text}, compute capability {machine.gpus[0].capability}")
-    busy = {i: g for i, g in enumerate(machine.gpus) if g.free_bytes < FREE_FRAC * g.total_bytes}
-    if busy:
-        parts = [f"GPU {i}: {gib(g.free_bytes)} of {gib(g.total_bytes)}" for i, g in busy.items()]
-        fix = "end the programs that nvidia-smi lists, or choose other GPUs"
-        yield Finding("GPU memory", "warn", f"free is only {'; '.join(parts)}", fix)
-    else:
-        yield Finding("GPU memory", "pass", f"{gib(machine.gpus[0].total_bytes)} each, free")
 
 
 def check_health(machine: Machine) -> Iterator[Finding]:
@@ -371,7 +364,7 @@ def trial_items(machine: Machine) -> list[str]:
     stems = list(kernel_trials.TRIALS)
     items = [f"{stem} served" for stem in stems]
     if machine.gpus:
-        items = ["matmul", "nccl", *items]
+        items = ["memory", "matmul", "nccl", *items]
         others = [
             f"{stem} {b}" for b in ("cuda", "triton") for stem in stems if stem != "attention"
         ]
@@ -383,7 +376,7 @@ def check_kernels(machine: Machine, outcomes: Mapping[str, Outcome]) -> list[Fin
     """What became of `trial_items`."""
     if not machine.gpus:
         return [*check_references(outcomes)]
-    found = [*check_rate(machine, outcomes["matmul"])]
+    found = [check_memory(machine, outcomes["memory"]), *check_rate(machine, outcomes["matmul"])]
     if len(machine.gpus) > 1:
         found.append(check_nccl(outcomes["nccl"]))
     return found + [check_operator(machine, stem, outcomes) for stem in kernel_trials.TRIALS]
@@ -397,6 +390,24 @@ def check_references(outcomes: Mapping[str, Outcome]) -> Iterator[Finding]:
     if not bad:
         text = f"all {len(outcomes)} run in PyTorch; CUDA and Triton kernels need a GPU"
         yield Finding("operators", "pass", text)
+
+
+def check_memory(machine: Machine, outcome: Outcome) -> Finding:
+    """Of each GPU, what other programs have left."""
+    if outcome.verdict != "pass":
+        fix = "end the programs that nvidia-smi lists" if outcome.verdict == "fail" else MORE_TIME
+        return Finding("GPU memory", outcome.verdict, outcome.text, fix)
+    parts = [
+        f"GPU {index}: {gib(free)} of {gib(gpu.total_bytes)}"
+        for index, (gpu, free) in enumerate(
+            zip(machine.gpus, outcome.values["free_bytes"], strict=True)
+        )
+        if free < FREE_FRAC * gpu.total_bytes
+    ]
+    if parts:
+        fix = "end the programs that nvidia-smi lists, or choose other GPUs"
+        return Finding("GPU memory", "warn", f"free is only {'; '.join(parts)}", fix)
+    return Finding("GPU memory", "pass", f"{gib(machine.gpus[0].total_bytes)} each, free")
 
 
 def check_rate(machine: Machine, outcome: Outcome) -> Iterator[Finding]:
@@ -446,6 +457,8 @@ def check_operator(machine: Machine, stem: str, outcomes: Mapping[str, Outcome])
     for name, outcome in others.items():
         if outcome.verdict == "fail":
             parts.append(f"{name} does not work here: {outcome.text}")
+        elif outcome.verdict == "skip" and stem == "attention":
+            parts.append(f"{name}: {outcome.text}")
         elif outcome.verdict == "pass" and name != backend:
             why = f", {reason(stem, name, capability)}" if name in ("cuda", "triton") else ""
             parts.append(f"{name} is right too{why}")

@@ -6,7 +6,7 @@ for those that are left. The real proof
 is tests/ops and benchmarks/hardware_check.py; this finds what is broken on one machine.
 
 Items: "STEM served" (by whatever would serve, ops/_dispatch.py), "STEM cuda", "STEM triton",
-"attention NAME" (its backends, which need a GPU), "matmul" and "nccl".
+"attention NAME" (its backends, which need a GPU); of the GPUs "memory", "matmul" and "nccl".
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def try_operator(stem: str, backend: str, device: torch.device) -> Outcome:
         else:
             with _dispatch.use_backend(backend, stem):
                 found = TRIALS[stem](Draw(device))
-    except _dispatch.Unavailable as problem:
-        return Outcome("skip", str(problem))
+    except _dispatch.Unavailable as problem:  # of a user's override, if it should have served
+        return Outcome("fail" if backend == "served" else "skip", str(problem))
     values = {"backend": backend}
     if not all(bool(torch.isfinite(t.double()).all()) for t in found):
         return Outcome("fail", f"{backend}: a result isn't finite", values)
@@ -220,6 +220,14 @@ def try_attention(name: str, device: torch.device) -> Outcome:
     except NotInstalled as problem:
         return Outcome("skip", f"{problem} is not installed")
     return Outcome("pass", "right")
+
+
+def try_memory(device: torch.device) -> Outcome:
+    """Free bytes of all GPUs."""
+    if device.type != "cuda":
+        return Outcome("skip", "no GPU")
+    free = [hardware.free_memory_bytes(index) for index in range(torch.cuda.device_count())]
+    return Outcome("pass", "", {"free_bytes": free})
 
 
 def try_matmul(device: torch.device) -> Outcome:
@@ -273,11 +281,10 @@ def try_nccl(device: torch.device) -> Outcome:
 def try_item(item: str, device: torch.device) -> Outcome:
     """Whatever it raises is its outcome."""
     stem, _, backend = item.partition(" ")
+    alone = {"memory": try_memory, "matmul": try_matmul, "nccl": try_nccl}
     try:
-        if item == "matmul":
-            return try_matmul(device)
-        if item == "nccl":
-            return try_nccl(device)
+        if item in alone:
+            return alone[item](device)
         if stem == "attention" and backend in LOADERS:
             return try_attention(backend, device)
         return try_operator(stem, backend, device)

@@ -34,7 +34,6 @@ HEALTH_KEYS = (
 class Gpu(NamedTuple):
     name: str
     capability: str  # such as "9.0"
-    free_bytes: int
     total_bytes: int
 
 
@@ -126,9 +125,9 @@ def _gpus() -> tuple[list[Gpu], str]:
     try:
         found = []
         for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            capability = hardware.compute_capability(index)
-            found.append(Gpu(hardware.gpu_name(index), capability, free, total))
+            # No context: in mode exclusive_process the kernels' process needs the only one.
+            total = torch.cuda.get_device_properties(index).total_memory
+            found.append(Gpu(hardware.gpu_name(index), hardware.compute_capability(index), total))
         return found, ""
     except RuntimeError as error:
         return [], str(error).splitlines()[0]
