@@ -106,6 +106,7 @@ class CachedDecoder:
         tokens = -(-window // 2) if spec.paired else window
         return max(tokens, self.model.config.dc_window - 1) if spec.dc else tokens
 
+    @torch.no_grad()
     def feed(self, tokens: Sequence[int]) -> Tensor:
         config = self.model.config
         z_V = self.states(tokens)[-1] @ self.model.lm_head[:, : config.vocab_size]

@@ -204,7 +204,7 @@ def evaluate(
     tokens_a_row: int = TOKENS_A_ROW,
     progress: Callable[[int, float], None] | None = None,
 ) -> Score:
-    """All tasks. progress: told the tokens and seconds so far behind each row.
+    """All tasks. progress: told behind each row how many endings have a score, and the tokens/s.
 
     Tokenizing is not in the seconds.
     """
@@ -215,7 +215,7 @@ def evaluate(
         sums += log_probabilities(model, row, windows).tolist()
         num_tokens += len(row.tokens_T)
         if progress:
-            progress(num_tokens, time.perf_counter() - began)
+            progress(len(sums), num_tokens / (time.perf_counter() - began))
     seconds = time.perf_counter() - began
     num_bytes = np.array([document.num_bytes for document in packed])
     labels = np.array([task.label for task in tasks])
