@@ -60,13 +60,13 @@ def run_here(folder):
     def run(*words):
         parser = argparse.ArgumentParser()
         program.add_arguments(parser)
-        before = os.getcwd()
-        os.chdir(folder)
-        try:
-            return program.run(parser.parse_args([*WORDS, *map(str, words)]))
-        finally:
-            os.chdir(before)
-            torch.use_deterministic_algorithms(False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(program.hardware, "num_cpus", lambda: 1)  # threads spin where they wait
+            try:
+                return program.run(parser.parse_args([*WORDS, *map(str, words)]))
+            finally:
+                torch.use_deterministic_algorithms(False)
 
     return run
 

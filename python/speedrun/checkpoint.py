@@ -272,7 +272,10 @@ def verified(folder: Path) -> Manifest:
         )
     try:
         return Manifest.of_text(text)
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, DataError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+        *(ConfigError, DataError),
+    ) as error:
         raise CheckpointError(
             f"{folder / MANIFEST}: not as this version of the program writes it ({error}): go on "
             "with the version that wrote it"
