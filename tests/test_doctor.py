@@ -213,8 +213,11 @@ def test_a_wrong_default_fails_and_a_wrong_choice_is_a_warning():
         assert (topic, status) == ("transpose", "warn")
         assert f"{name} does not work here: died" in text
     late = Outcome("skip", "not reached within 20 s")
-    ((topic, status, _, fix),) = bad_ones(outcomes(transpose__served=late))
-    assert (topic, status) == ("transpose", "skip") and "--seconds" in fix
+    ((topic, status, text, fix),) = bad_ones(
+        outcomes(transpose__served=late, sym_matmul__served=late)
+    )
+    assert (topic, status) == ("operators", "skip") and "--seconds" in fix
+    assert text == "not reached within 20 s: sym_matmul, transpose"
 
 
 def test_a_slow_gpu_and_a_broken_exchange_are_named():
@@ -235,6 +238,23 @@ def test_a_slow_gpu_and_a_broken_exchange_are_named():
     assert (topic, status) == ("GPU clocks", "warn") and "-rgc" in fix
     ((topic, status, text, _),) = bad_ones(outcomes(nccl=Outcome("fail", "no end after 15 s")))
     assert (topic, status, text) == ("NCCL", "fail", "no end after 15 s")
+
+
+def test_without_a_gpu_failures_and_what_there_was_no_time_for_are_said():
+    items = doctor.trial_items(LAPTOP)
+    found = dict.fromkeys(items, Outcome("pass")) | {
+        "transpose served": Outcome("fail", "transpose: the override asks for backend 'x', but"),
+        "softcap_ce served": Outcome("fail", "the process died"),
+        "adam_step served": Outcome("skip", "not reached within 0 s"),
+    }
+    said = [(f.topic, f.status, f.fix) for f in doctor.check_kernels(LAPTOP, found)]
+    assert said == [
+        ("softcap_ce", "fail", f"export SPEEDRUN_BACKEND=softcap_ce=torch; {doctor.REPORT}"),
+        ("transpose", "fail", "unset SPEEDRUN_BACKEND, or name another backend by it"),
+        ("operators", "skip", doctor.MORE_TIME),
+    ]
+    (fine,) = doctor.check_kernels(LAPTOP, dict.fromkeys(items, Outcome("pass")))
+    assert (fine.status, fine.text.split(" run")[0]) == ("pass", "all 14")
 
 
 def test_memory_that_others_hold_is_named():
@@ -446,3 +466,7 @@ def test_exit_codes_and_json_on_stdout(tmp_path, monkeypatch, capsys):
     assert "no such folder" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["doctor", "--json", str(tmp_path / "no" / "file")]) == 2
     assert "can't be written" in capsys.readouterr().err
+    for seconds in ("-1", "nan", "soon"):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["doctor", "--seconds", seconds])
+        assert end.value.code == 2 and f"'{seconds}'" in capsys.readouterr().err

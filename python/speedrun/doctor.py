@@ -379,17 +379,39 @@ def check_kernels(machine: Machine, outcomes: Mapping[str, Outcome]) -> list[Fin
     found = [check_memory(machine, outcomes["memory"]), *check_rate(machine, outcomes["matmul"])]
     if len(machine.gpus) > 1:
         found.append(check_nccl(outcomes["nccl"]))
-    return found + [check_operator(machine, stem, outcomes) for stem in kernel_trials.TRIALS]
+    tried = [s for s in kernel_trials.TRIALS if outcomes[f"{s} served"].verdict != "skip"]
+    found += [check_operator(machine, stem, outcomes) for stem in tried]
+    return [*found, *left_out(outcomes)]
 
 
 def check_references(outcomes: Mapping[str, Outcome]) -> Iterator[Finding]:
-    bad = {item.partition(" ")[0]: o for item, o in outcomes.items() if o.verdict != "pass"}
-    for stem, outcome in bad.items():
-        status = outcome.verdict
-        yield Finding(stem, status, outcome.text, REPORT if status == "fail" else MORE_TIME)
-    if not bad:
+    """Where there is no GPU."""
+    for item, outcome in outcomes.items():
+        if outcome.verdict == "fail":
+            stem = item.partition(" ")[0]
+            yield Finding(stem, "fail", outcome.text, failure_fix(stem, outcome))
+    yield from left_out(outcomes)
+    if all(outcome.verdict == "pass" for outcome in outcomes.values()):
         text = f"all {len(outcomes)} run in PyTorch; CUDA and Triton kernels need a GPU"
         yield Finding("operators", "pass", text)
+
+
+def left_out(outcomes: Mapping[str, Outcome]) -> Iterator[Finding]:
+    """Operators that there was no time for, together by the reason."""
+    stems_by_text: dict[str, list[str]] = {}
+    for item, outcome in outcomes.items():
+        stem, _, backend = item.partition(" ")
+        if backend == "served" and outcome.verdict == "skip":
+            stems_by_text.setdefault(outcome.text, []).append(stem)
+    for text, stems in stems_by_text.items():
+        yield Finding("operators", "skip", f"{text}: {', '.join(stems)}", MORE_TIME)
+
+
+def failure_fix(stem: str, outcome: Outcome) -> str:
+    """For an operator that whatever serves it can't compute."""
+    if "the override asks for" in outcome.text:
+        return "unset SPEEDRUN_BACKEND, or name another backend by it"
+    return f"export SPEEDRUN_BACKEND={stem}=torch; {REPORT}"
 
 
 def check_memory(machine: Machine, outcome: Outcome) -> Finding:
@@ -464,9 +486,7 @@ def check_operator(machine: Machine, stem: str, outcomes: Mapping[str, Outcome])
             parts.append(f"{name} is right too{why}")
     text = "; ".join(parts)
     if served.verdict == "fail":
-        return Finding(stem, "fail", text, f"export SPEEDRUN_BACKEND={stem}=torch; {REPORT}")
-    if served.verdict == "skip":
-        return Finding(stem, "skip", text, MORE_TIME)
+        return Finding(stem, "fail", text, failure_fix(stem, served))
     if any(outcome.verdict == "fail" for outcome in others.values()):
         return Finding(stem, "warn", text, f"nothing to do unless you ask for it; {REPORT}")
     return Finding(stem, "pass", text)

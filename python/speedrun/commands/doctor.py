@@ -8,12 +8,11 @@ import json
 import os
 import sys
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedrun import doctor, kernel_trials, machine
+from speedrun import doctor, hardware, kernel_trials, machine
 from speedrun.doctor import Finding
 
 ITEM_LIMIT_S = 30.0  # of a kernel: Triton or Inductor compile it first
@@ -30,16 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="findings as JSON; -: on stdout")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=_seconds,
         default=20.0,
         metavar="S",
         help="for trying kernels, after which the rest is left out (default 20; 0: none is tried)",
     )
 
 
+def _seconds(text: str) -> float:
+    try:
+        if float(text) >= 0:  # not nan
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number of seconds, 0 or more")
+
+
 def run(args: argparse.Namespace) -> int:
     """0: no check failed; 1: one did; 2: the JSON can't be written."""
-    start = time.monotonic()
     to_stdout = args.json == Path("-")
     say = sys.stderr if to_stdout else sys.stdout
     facts = machine.look(os.environ, Path())
@@ -50,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     kernels = doctor.check_kernels(facts, outcomes)
     print(as_text(kernels), file=say)
     findings += kernels
-    seconds = time.monotonic() - start
+    seconds = hardware.process_age_s()
     print(summary(findings, seconds), file=say)
     content = json.dumps(
         {
