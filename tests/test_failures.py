@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from speedrun import failures, peers
+from speedrun import failures, hardware, peers
 from speedrun import train as program
 from speedrun.comms import Comms
 from speedrun.failures import EXIT_STOPPED
@@ -25,6 +26,7 @@ from speedrun.peers import Failure, Peers
 from speedrun.runlog import LossQueue, RunError
 from train_helpers import (
     SPLIT_PLANS,
+    read_events,
     read_losses,
     start_training,
     tiny_sets,
@@ -120,7 +122,7 @@ def test_a_process_that_ends_is_seen(store):
     assert one.neighbours == {1} and one.vanished() == []
     child.communicate(b"\n")
     assert one.vanished() == [1]
-    key.set("ended/1", "")
+    Peers(1, 2, key, keeps_store=False).say_end()
     assert one.vanished() == []
 
 
@@ -130,6 +132,8 @@ def run_here(folder, monkeypatch):
     """Runs the program in this process; a thread calls `act` with the folder once it trains."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `run` replaces it
+    monkeypatch.setattr(hardware, "num_cpus", lambda: 1)  # spinning threads disturb each other
+    threads = torch.get_num_threads()
 
     def run(out, act, *words):
         def wait_and_act():
@@ -145,7 +149,8 @@ def run_here(folder, monkeypatch):
         words = ["--text", "text.txt", "--out", str(out), *SETS, *words]
         return program.run(parser.parse_args(words))
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +270,96 @@ def test_a_fault_ends_all_ranks(folder, monkeypatch, tmp_path, fault, rank):
         assert dies or re.search(r"train\.py\", line \d+,? in main", file)
     if HANGS in FAULTS[fault]:
         assert re.search(rf"rank {1 - rank} waits for all_reduce of \(2,\) float32", err)
+
+
+def wait_for_training(process, out):
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and '"training"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "Ctrl-C", "SIGTERM to rank 1"])
+def test_signals_stop_all_ranks_at_the_same_step(folder, tmp_path, how):
+    """A terminal's Ctrl-C reaches torchrun and the ranks, and torchrun passes it on once more."""
+    out = tmp_path / "run"
+    process = start_training(folder, "--text", "text.txt", "--out", out, *SETS, ranks=2)
+    try:
+        wait_for_training(process, out)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(pid) for pid in children]
+        began = time.monotonic()
+        for pid in {"Ctrl-C": [process.pid, *ranks], "SIGTERM to rank 1": [max(ranks)]}.get(
+            how, [process.pid]
+        ):
+            os.kill(pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and time.monotonic() - began < LIMIT_S
+    stopped = re.findall(r"speedrun: rank (\d): stopped before step (\d+)", err)
+    assert sorted(rank for rank, _ in stopped) == ["0", "1"]
+    assert {int(step) for _, step in stopped} == {read_losses(out)[-1][1]}
+    assert " error: " not in err
+
+
+def start_rank(folder, port, rank, *words, module="speedrun.train"):
+    """Of two, without torchrun."""
+    environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, "--text", "text.txt", *map(str, words)],
+        cwd=folder,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_without_torchrun(folder, monkeypatch, tmp_path, rank):
+    """Rank 0 keeps the store that the ranks speak through: the other one sees it all the same."""
+    monkeypatch.setenv("FAULT", f"{rank} is killed")
+    port, out = free_port(), tmp_path / "run"
+    processes = [start_rank(folder, port, r, "--out", out, *SETS, module="faulty") for r in (0, 1)]
+    try:
+        _, err = processes[1 - rank].communicate(timeout=120)
+        seconds = time.time() - float((folder / "fault").read_text())
+        processes[rank].communicate(timeout=10)
+    finally:
+        for process in processes:
+            process.kill()
+    assert seconds < LIMIT_S and processes[1 - rank].returncode == 1
+    assert re.search(rf"speedrun: rank {rank}: error: step 7: {ENDS}.*\n$", err)
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes(folder, monkeypatch, tmp_path):
+    code = "import sys, speedrun.peers\nspeedrun.peers.MEET_LIMIT_S = 3.0\n" + FAULTY
+    (folder / "impatient.py").write_text(code)
+    monkeypatch.setenv("FAULT", "none")
+    process = start_rank(folder, free_port(), 0, "--out", tmp_path / "run", module="impatient")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "speedrun: rank 0: error: after 3 s there is no rank 1 of 2: look at" in err
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_from_its_last_checkpoint(folder, monkeypatch, tmp_path):
+    """By torchrun's --max-restarts, here as its variable. The second attempt has no fault."""
+    monkeypatch.setenv("PET_MAX_RESTARTS", "1")
+    out, sets = tmp_path / "run", tiny_sets(schedule__num_steps=20)
+    code, err, _ = run_with_fault(folder, monkeypatch, out, "1 is killed", *sets, "--save-every", 2)
+    assert code == 0, err
+    assert re.search(rf"speedrun: rank 1: error: step 7: {ENDS}", err)
+    resumed = [event["step"] for event in read_events(out) if event["event"] == "resumed"]
+    assert resumed in ([4], [6])  # a checkpoint is written while training goes on
+    assert read_losses(out)[-1][:2] == ("validation", 20)

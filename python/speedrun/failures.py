@@ -82,6 +82,7 @@ class Watchdog:
         self._stop_since: float | None = None  # when a signal asked for it
         self._peers: Peers | None = None
         self._rank, self._comms = rank, Comms()
+        self._has_store = False
         self._step, self._phase, self._allowed_s = -1, "start", None
         self._began = self._beat = self._round = time.monotonic()
         self._longest: dict[str, float] = {}  # gap between two beats, by phase
@@ -110,8 +111,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         """The process may end now, at its own pace."""
         self._leaving.acquire()
-        os.write(self._wake_end, b"\0")
-        self._thread.join()
+        self._end_thread()
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -132,7 +132,7 @@ class Watchdog:
 
     def join(self, peers: Peers, comms: Comms) -> None:
         """Watch these ranks from now on."""
-        self._peers, self._comms = peers, comms
+        self._peers, self._comms, self._has_store = peers, comms, True
 
     def log_to(self, folder: Path) -> None:
         """Tracebacks go to `folder`/errors, on SIGUSR1 too."""
@@ -190,12 +190,17 @@ class Watchdog:
         if self._step >= 0 and not message.startswith("step "):
             message = f"step {self._step}: {message}"
         self._leaving.acquire()
+        self._end_thread(1.0)  # what it asks a lost store would be printed behind the cause
         try:
             own = Failure(self._rank or 0, message, self._rank or 0)
             if self._peers is None:
                 self._show(own, error)
                 return code
-            self._leave(self._other_cause(self._patience(error)) or self._report(own), code, error)
+            try:
+                cause = self._other_cause(self._patience(error))
+            except RuntimeError:  # dist.DistError
+                cause = self._lost_store()
+            self._leave(cause or self._report(own), code, error)
         finally:
             self._leaving.release()
 
@@ -209,6 +214,11 @@ class Watchdog:
         return CAUSE_S if isinstance(error, RuntimeError) else 0.0
 
     # The thread.
+
+    def _end_thread(self, limit_s: float | None = None) -> None:
+        """The caller holds `_leaving`."""
+        os.write(self._wake_end, b"\0")
+        self._thread.join(limit_s)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """In the main thread. Before the training and at the second Ctrl-C it leaves at once."""
@@ -359,8 +369,12 @@ class Watchdog:
         return Failure(rank, f"{self._at()}: {message}", self._rank)
 
     def _lost_store(self) -> Failure:
-        if gone := self._peers.vanished():
-            return self._killed(gone[0])
+        self._has_store = False  # each further question would print a trace of C++
+        deadline = time.monotonic() + CAUSE_S
+        while time.monotonic() < deadline:  # a process that dies loses its connections first
+            if gone := self._peers.vanished():
+                return self._killed(gone[0])
+            time.sleep(POLL_S / 10)
         message = f"{self._at()}: torchrun, or rank 0, which kept the ranks' store, is gone"
         return Failure(self._rank, message, self._rank)
 
@@ -370,7 +384,7 @@ class Watchdog:
         error: what this rank raised, if it did.
         """
         positions = {}
-        if self._peers is not None:
+        if self._has_store:
             with contextlib.suppress(RuntimeError):
                 self._peers.say_end()
                 positions = self._peers.positions()
@@ -389,8 +403,11 @@ class Watchdog:
     def _take_along(self) -> None:
         """Kill the ranks of this machine that can't leave; they write their tracebacks first."""
         left = self._peers.neighbours
-        with contextlib.suppress(RuntimeError):
-            left = self._peers.wait_for_ends(left, GRACE_S)
+        if self._has_store:
+            with contextlib.suppress(RuntimeError):
+                left = self._peers.wait_for_ends(left, GRACE_S)
+        else:
+            time.sleep(GRACE_S)
         for number in (signal.SIGUSR1, signal.SIGKILL) if left else ():
             for rank in left:
                 self._peers.send(rank, number)

@@ -76,8 +76,9 @@ class Peers:
         self.machines: list[str] = []
         self._processes: dict[int, int] = {}  # pidfd of each other rank on this machine
 
-    def meet(self, limit_s: float = MEET_LIMIT_S) -> None:
+    def meet(self, limit_s: float | None = None) -> None:
         """Wait until every rank is there; RunError names those that are not."""
+        limit_s = MEET_LIMIT_S if limit_s is None else limit_s
         own = {"machine": _machine(), "pid": os.getpid()}
         self._store.set(f"rank/{self.rank}", json.dumps(own))
         missing, deadline = set(range(self.world_size)), time.monotonic() + limit_s
@@ -129,6 +130,7 @@ class Peers:
     def say_end(self) -> None:
         """Say that this rank is about to end and knows it."""
         self._store.set(f"ended/{self.rank}", "")
+        self.has_ended(self.rank)  # `set` doesn't wait for the server, an answer comes behind it
 
     def has_ended(self, rank: int) -> bool:
         return self._store.check([f"ended/{rank}"])
@@ -161,6 +163,8 @@ class Peers:
 
     def speaks_for_machine(self, failure: Failure) -> bool:
         """Whether this rank shows the failure: who reports it, and one rank of other machines."""
+        if not self.machines:  # they didn't meet
+            return True
         machine = self.machines[self.rank]
         if self.machines[failure.reporter] == machine:
             return self.rank == failure.reporter

@@ -137,6 +137,8 @@ def start_run(args: argparse.Namespace, config: Config, watchdog: Watchdog) -> R
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     check_world_size(config, world_size)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and args.out and not args.resume:
+        args.resume = "auto"  # torchrun --max-restarts: the attempt before left what it had saved
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is there
