@@ -310,6 +310,28 @@ def test_signals_stop_all_ranks_at_the_same_step(folder, tmp_path, how):
     assert " error: " not in err
 
 
+@pytest.mark.slow
+def test_a_signal_that_is_not_served(folder, monkeypatch, tmp_path):
+    """One process that hangs leaves by itself, and says where it was."""
+    monkeypatch.setenv("FAULT", "0 sleeps")
+    (folder / "fault").unlink(missing_ok=True)
+    out = tmp_path / "run"
+    process = start_training(folder, "--text", "text.txt", "--out", out, *SETS, module="faulty")
+    try:
+        while not (folder / "fault").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < LIMIT_S
+    where = r"step 7, in <lambda> \(faulty\.py:\d+\), called by "
+    assert re.search(rf"speedrun: error: {where}.*: SIGTERM not served within 5 s", err)
+    assert "in with_fault" in (out / "errors" / "rank0.txt").read_text()
+
+
 def start_rank(folder, port, rank, *words, module="speedrun.train"):
     """Of two, without torchrun."""
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
