@@ -28,17 +28,14 @@ from train_helpers import (
 
 STEPS = 16
 # Stages end at 5, 11 and 16; Adam runs at odd steps, and head and embedding part behind step 7.
-# No step touches all rows of the bigram table, which several ranks send by rows.
+# Several ranks send the bigram table by rows, of which no step touches all.
 SETS = tiny_sets(
     schedule__num_steps=STEPS,
-    schedule__stages__1__max_seq_len=128,
-    schedule__stages__2__tokens_per_step=1536,
     model__bigram_rows=4096,
-    optim__sparse_rows_threshold=1,
     schedule__untie_frac=0.4,
     optim__normuon__lr=0.02,
     optim__replicate_below=64,
-    optim__sparse_rows_threshold=1,  # ranks send the bigram table's rows
+    optim__sparse_rows_threshold=1,
     schedule__stages__1__tokens_per_step=512,
 )
 WORDS = ["--data", "shards", "--device", "cpu", "--deterministic", *SETS]
