@@ -114,22 +114,45 @@ def test_byte_counts():
     assert counts.tolist() == [1] * 256 + [0]
 
 
-def test_without_a_vocabulary(measure, tmp_path):
-    """GPT-2's tokens have a loss, but bytes only by its vocabulary."""
+class Vocabulary:
+    """GPT-2's format; token t has 1 + t mod 7 bytes."""
+
+    format = GPT2
+
+    def token_bytes(self, token):
+        return b"x" * (1 + token % 7)
+
+
+def test_tokens_of_several_bytes(measure, monkeypatch, tmp_path):
+    """Bits per byte are of the text's bytes, not of tokens; without a vocabulary there are none,
+    and the loss is there all the same."""
     config = dataclasses.replace(RECORD, vocab_size=GPT2.vocab_size, gates="constant")
     config = dataclasses.replace(CONFIG, model=config)
     other = random_model(config.model, torch.float32)
     tokens = np.random.default_rng(0).integers(0, GPT2.vocab_size, 300)
+    tokens[[0, 9, 20]] = GPT2.bos_id
     for split in ("train_000001", "val_000000"):
         write_shard(tmp_path / f"some_{split}.bin", tokens)
     words = ("--data", ".", "--tokens", "40", "--json", "found.json")
-    code, text, error = measure(*words, load=lambda *_: (other, config, GPT2))
+
+    def measured(*more):
+        return measure(*words, *more, load=lambda *_: (other, config, GPT2))
+
+    code, text, error = measured()
     assert (code, error) == (0, "") and "no bits per byte: " in text and "gpt2.tiktoken" in text
-    found = json.loads((tmp_path / "found.json").read_text())["validation"]
-    assert found["num_tokens"] == 40 and found["loss"] > 0
-    assert found["bits_per_byte"] is None and found["num_bytes"] is None
-    code, _, error = measure(*words, "--rank-file", "absent", load=lambda *_: (other, config, GPT2))
+    without = json.loads((tmp_path / "found.json").read_text())["validation"]
+    assert without["num_tokens"] == 40 and without["loss"] > 0
+    assert without["bits_per_byte"] is None and without["num_bytes"] is None
+    code, _, error = measured("--rank-file", "absent")
     assert code == 1 and "absent" in error
+
+    monkeypatch.setattr(command, "load_tokenizer", lambda *_: Vocabulary())
+    assert measured()[0] == 0
+    found = json.loads((tmp_path / "found.json").read_text())["validation"]
+    num_bytes = sum(1 + token % 7 for token in tokens[1:41].tolist() if token != GPT2.bos_id)
+    assert found["loss"] == without["loss"] and found["num_bytes"] == num_bytes != 40
+    expected = 40 * found["loss"] / math.log(2) / num_bytes
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
