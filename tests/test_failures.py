@@ -1,6 +1,7 @@
 """Signals, failures and hangs: how a run of one process and of several ends, and how fast."""
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from speedrun import failures, hardware, peers
 from speedrun import train as program
 from speedrun.comms import Comms
 from speedrun.failures import EXIT_STOPPED, Watchdog
-from speedrun.peers import Failure, Peers
+from speedrun.peers import Failure, Peers, Position
 from speedrun.runlog import LossQueue, RunError
 from train_helpers import (
     SPLIT_PLANS,
@@ -124,6 +125,23 @@ def test_a_process_that_ends_is_seen(store):
     assert one.vanished() == [1]
     Peers(1, 2, key, keeps_store=False).say_end()
     assert one.vanished() == []
+
+
+def test_silence_is_measured_by_the_own_clock(store, monkeypatch):
+    """Clocks of two machines may differ by more than a rank may be silent."""
+    monkeypatch.setattr(peers, "STALE_S", 0.2)
+    a, b = two_peers(store)
+    an_hour_ago = Position("training", 3, "", None, None, 0, False, time.time() - 3600)
+    b.publish(an_hour_ago)
+    assert a.positions() == {1: an_hour_ago}
+    assert a.silent() == set()
+    time.sleep(0.3)
+    b.publish(dataclasses.replace(an_hour_ago, time_s=an_hour_ago.time_s + 0.3))
+    a.positions()
+    assert a.silent() == set()
+    time.sleep(0.3)
+    a.positions()
+    assert a.silent() == {1}
 
 
 # ---- One process --------------------------------------------------------------------------------

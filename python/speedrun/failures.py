@@ -54,6 +54,7 @@ POLL_S = 0.25
 UNSERVED_S = 5.0
 HANG_S = 10.0
 HANG_FACTOR = 10.0
+WATCH_FRAC = 0.5  # of the limit, from which on the other ranks' positions are followed
 GRACE_S = 1.5  # for the other ranks of this machine to leave by themselves
 CAUSE_S = 2.0  # how long a rank whose collective broke looks for the rank that broke it
 AGAIN_S = 1.0  # torchrun passes a terminal's Ctrl-C on, which its ranks have had already
@@ -264,6 +265,8 @@ class Watchdog:
             if (cause := self._other_cause()) is not None:
                 return cause, EXIT_ERROR
             self._peers.publish(self._position())
+            if self._overdue(WATCH_FRAC):
+                self._peers.positions()  # so that it is known who is silent
         if (failure := self._unserved()) is not None:
             return failure, EXIT_SIGNAL + self._signal[0]
         if self._overdue() and (failure := self._hang()) is not None:
@@ -292,26 +295,27 @@ class Watchdog:
         usual = self._longest.get(self._phase)
         return max(HANG_S, self._longest["start"] if usual is None else HANG_FACTOR * usual)
 
-    def _overdue(self) -> bool:
+    def _overdue(self, frac: float = 1.0) -> bool:
+        """Whether this part of the limit is over."""
         limit = self._limit()
-        return limit is not None and time.monotonic() - self._beat > limit
+        return limit is not None and time.monotonic() - self._beat > frac * limit
 
     def _hang(self) -> Failure | None:
         """The rank that hangs; None while another one is busy with something that may take long."""
         problem = f"{self._at()}: no progress for {time.monotonic() - self._beat:.0f} s"
         if self._peers is None:
             return Failure(0, f"{problem}: it hangs in {self._where()}", 0)
-        ranks = self._peers.positions()
-        if not all(p.overdue or p.stale for p in ranks.values()):
+        ranks, silent = self._peers.positions(), self._peers.silent()
+        if not all(p.overdue or r in silent for r, p in ranks.items()):
             return None
 
         def innocence(rank: int) -> tuple[bool, bool, int]:
             p = ranks[rank]
-            return not p.stale, p.waiting_for is not None, p.num_collectives
+            return rank not in silent, p.waiting_for is not None, p.num_collectives
 
         rank = min(ranks, key=innocence)
         where = f"it hangs in {ranks[rank].where}"
-        if ranks[rank].stale:
+        if rank in silent:
             where = f"its process stands still, or is in a call to C; last {ranks[rank].where}"
         lines = [f"{problem}: {where}"]
         lines += [f"rank {r} {p.collectives()}" for r, p in ranks.items()]

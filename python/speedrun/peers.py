@@ -40,11 +40,7 @@ class Position:
     last_collective: str | None  # that it began
     num_collectives: int  # begun so far
     overdue: bool
-    time_s: float  # since the epoch, on that machine's clock
-
-    @property
-    def stale(self) -> bool:
-        return time.time() - self.time_s > STALE_S
+    time_s: float  # since the epoch, on that machine's clock, which others may not share
 
     def collectives(self) -> str:
         if self.waiting_for:
@@ -75,6 +71,7 @@ class Peers:
         self._store.set_timeout(timedelta(seconds=ANSWER_LIMIT_S))
         self.machines: list[str] = []
         self._processes: dict[int, int] = {}  # pidfd of each other rank on this machine
+        self._news: dict[int, tuple[Position, float]] = {}  # and when this rank first saw it
 
     def meet(self, limit_s: float | None = None) -> None:
         """Wait until every rank is there; RunError names those that are not."""
@@ -125,7 +122,19 @@ class Peers:
     def positions(self) -> dict[int, Position]:
         """By rank, of those that published one."""
         ranks = [r for r in range(self.world_size) if self._store.check([f"at/{r}"])]
-        return {r: Position(**json.loads(self._store.get(f"at/{r}"))) for r in ranks}
+        found = {r: Position(**json.loads(self._store.get(f"at/{r}"))) for r in ranks}
+        for r, position in found.items():
+            if r not in self._news or self._news[r][0] != position:
+                self._news[r] = position, time.monotonic()
+        return found
+
+    def silent(self) -> set[int]:
+        """Ranks without a new position for `STALE_S`, by this rank's clock.
+
+        Counted from the first call of `positions`, which must be called all the while.
+        """
+        now = time.monotonic()
+        return {r for r, (_, since) in self._news.items() if now - since > STALE_S}
 
     def say_end(self) -> None:
         """Say that this rank is about to end and knows it."""
