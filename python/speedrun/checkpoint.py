@@ -11,6 +11,9 @@ frequencies, the score scale, whether head and embedding are tied. Training draw
 after the weights' start values, and so leaves no generator's state.
 
 A folder is written under a temporary name and renamed when all of it is on the disk.
+
+The sums find damage, not intent: PyTorch's index is a pickle, and to load one runs what is in it.
+Take checkpoints from those alone whose programs you would run; an export runs nothing.
 """
 
 from __future__ import annotations
@@ -169,6 +172,7 @@ def write(
             no_dist=group is None,
         )
         if rank == 0:
+            _check_all_here(temporary)
             _write_text(temporary / MANIFEST, manifest.to_text())
             _write_text(temporary / SUMS, sha256_sums(temporary))
             _sync_folder(temporary)
@@ -179,8 +183,19 @@ def write(
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{folder}: the checkpoint can't be written ({reason_of(error)}; {_free(folder)}); "
-            "earlier ones are as they were: make room, then go on with --resume auto"
+            "earlier ones are as they were: mend that, then go on with --resume auto"
         ) from None
+
+
+def _check_all_here(folder: Path) -> None:
+    """FileNotFoundError where files of other ranks are in a folder of their own hosts."""
+    import torch.distributed.checkpoint as dcp
+
+    written = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    missing = {info.relative_path for info in written} - {path.name for path in folder.iterdir()}
+    if missing:
+        reason = f"other ranks' files aren't in it, such as {min(missing)}: all hosts must share it"
+        raise FileNotFoundError(errno.ENOENT, reason)
 
 
 def _write_text(path: Path, text: str) -> None:
