@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -226,14 +227,14 @@ def test_configs_of_other_versions_are_refused(key, value):
 
 def test_a_folder_that_hosts_do_not_share(tmp_path, monkeypatch):
     """Another rank's file is on another host: no checkpoint, instead of one that can't be read."""
-    folder, dcp_save = tmp_path / "step-000001", torch.distributed.checkpoint.save
+    folder, dcp_save = tmp_path / "step-000001", dcp.save
 
     def save(*args, **kwargs):
         dcp_save(*args, **kwargs)
         (folder.with_name("step-000001.tmp") / "__0_0.distcp").unlink()
 
     state = checkpoint.host_copy(trained()[1], 0, None)
-    monkeypatch.setattr(torch.distributed.checkpoint, "save", save)
+    monkeypatch.setattr(dcp, "save", save)
     with pytest.raises(CheckpointError, match=r"such as __0_0\.distcp: all hosts must share it"):
         checkpoint.write(folder, state, manifest_of(), 0, None)
     assert list(tmp_path.iterdir()) == []
