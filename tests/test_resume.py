@@ -1,6 +1,7 @@
 """Runs that stop and go on: bitwise on as many ranks, to rounding on others."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -208,30 +209,45 @@ def test_other_settings_may_change(whole, run_here):
     assert run_here("--out", "changed", "--resume", folder_of(whole, 15), *words) == 0
 
 
-def test_a_disk_that_is_full(folder, run_here, capsys, monkeypatch):
-    """The second checkpoint can't be written: the first is as it was, nothing half-written."""
+@contextlib.contextmanager
+def full_disk_from(step):
+    """From this step of the runs inside on, files may have 50 kB."""
     resource = pytest.importorskip("resource")
-    take_step = program.forward_backward
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(signal, "default_int_handler", None)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    take_step, limits = program.forward_backward, resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def forward_backward(model, optimizer, batches, plan, *rest):
-        if plan.step == 7:  # files may have this many bytes from now on
+        if plan.step == step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         return take_step(model, optimizer, batches, plan, *rest)
 
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(program, "forward_backward", forward_backward)
-            assert run_here("--out", "full", "--save-every", 4) == 1
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old)
-    err = capsys.readouterr().err
-    assert re.search(r"full/checkpoints/step-000008: the checkpoint can't be written \(.*\)", err)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+CANT = r"step-0000{}: the checkpoint can't be written \(.*\)"
+
+
+def test_a_disk_that_is_full(folder, run_here, capsys):
+    """The second checkpoint can't be written: the first is as it was, nothing half-written."""
+    with full_disk_from(7):
+        assert run_here("--out", "full", "--save-every", 4) == 1
+    assert re.search("full/checkpoints/" + CANT.format("08"), capsys.readouterr().err)
     assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-000004"]
     assert verified(folder / "full" / "checkpoints" / "step-000004").step == 4
+
+
+def test_a_save_that_nobody_asked_for_costs_no_result(run_here, capsys):
+    with full_disk_from(7):
+        assert run_here("--out", "unasked") == 0
+    out = capsys.readouterr().out
+    assert re.search("warning: unasked/checkpoints/" + CANT.format("16"), out)
+    assert "final val_loss" in out
 
 
 # ---- Several ranks ------------------------------------------------------------------------------
