@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,7 +151,11 @@ def test_the_same_folder_goes_on(whole, folder, run_here, capsys):
 
 
 def test_auto_begins_anew_where_there_is_nothing(folder, run_here):
+    """Nothing is drawn from the global generators either, whose state no checkpoint holds."""
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     assert run_here("--out", "new", "--resume", "auto", "--steps", 4) == 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]
     assert (folder / "new" / "checkpoints" / "step-000004").is_dir()
 
 
