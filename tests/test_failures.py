@@ -202,6 +202,19 @@ def test_a_second_ctrl_c_leaves_at_once(capfd, monkeypatch):
     assert err.endswith("speedrun: error: step 3: interrupted (SIGINT); nothing is saved\n")
 
 
+def test_a_validation_that_goes_on_serves_a_signal_later():
+    """The first one after many short steps: what they have trained must not be lost."""
+    watchdog = Watchdog()  # not entered: no thread looks
+    watchdog._main = threading.current_thread()
+    watchdog.step(3)
+    with watchdog.phase("validation"):
+        watchdog._signal = signal.SIGTERM, time.monotonic() - 100
+        watchdog.beat()
+        assert watchdog._unserved() is None
+        watchdog._beat -= 100
+        assert "SIGTERM not served within 5 s" in watchdog._unserved().message
+
+
 def test_a_signal_before_the_training_leaves_at_once():
     with Watchdog() as watchdog:
         with pytest.raises(KeyboardInterrupt, match="SIGTERM"):

@@ -278,6 +278,8 @@ class Watchdog:
             return None
         number, since = self._signal
         limit = max(UNSERVED_S, 1.5 * self._longest_round, self._allowed_s or 0.0)
+        if self._phase == "validation":  # the first takes longer than any round before: it goes on
+            since = max(since, self._beat)
         if time.monotonic() - since < limit:
             return None
         where = f"{self._at()}, in {self._where()}"
