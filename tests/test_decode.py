@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from speedrun import decode
-from speedrun.baseline_model import BaselineGPT
-from speedrun.config import BaselineConfig, Windows
+from speedrun.config import Windows
 from speedrun.decode import CachedDecoder, decoder_for, draw, generate
 from speedrun.reference.softcap_ce import softcap
 from test_record_model import ALONE, RECORD, random_model
-from train_helpers import micro_batch
+from train_helpers import micro_batch, random_baseline
 
 BOS = 1
 WINDOWS = Windows(5, 9, yarn=((4, 9),))  # odd: in pairs a window ends inside a token
@@ -105,13 +104,9 @@ def test_no_tokens():
 
 
 def test_baseline_model():
-    config = BaselineConfig(2, model_dim=16, head_dim=8, mlp_hidden=24, vocab_size=29)
-    model = BaselineGPT(config, torch.float64)
-    model.init_weights(0)
-    with torch.no_grad():
-        model.lm_head.normal_(generator=torch.Generator().manual_seed(0))
-    tokens, _ = documents(config, (20,))
-    batch = micro_batch(config, torch.tensor([[*tokens, 0]]).numpy(), [0, 20])
+    model = random_baseline(29)
+    tokens, _ = documents(model.config, (20,))
+    batch = micro_batch(model.config, torch.tensor([[*tokens, 0]]).numpy(), [0, 20])
     with torch.no_grad():
         expected = model(batch, model.plan_windows(batch, WINDOWS))[:, :29]
     decoder = decoder_for(model, WINDOWS, BOS)

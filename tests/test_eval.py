@@ -22,7 +22,7 @@ from speedrun.schedule import Schedule
 from speedrun.sources import open_data
 from speedrun.tokenizer import ByteTokenizer
 from test_record_model import RECORD, random_model
-from train_helpers import read_losses, small_config, tiny_sets, write_text
+from train_helpers import read_losses, small_config, tiny_sets, verb_on, write_text
 
 CONFIG = small_config(model=dataclasses.replace(RECORD, vocab_size=BYTES.vocab_size))
 CONFIG = dataclasses.replace(
@@ -40,16 +40,7 @@ def measure(monkeypatch, capsys, model, tmp_path):
     """Runs the verb on `model` in a folder with book.txt; exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "book.txt")
-
-    def load(path, device):
-        return model, CONFIG, BYTES
-
-    def run(*words, load=load):
-        monkeypatch.setattr(command, "load_for_inference", load)
-        code = cli.main(["eval", "CKPT", "--device", "cpu", *words])
-        return code, *capsys.readouterr()
-
-    return run
+    return verb_on((model, CONFIG, BYTES), command, monkeypatch, capsys)
 
 
 def test_validation(measure, model, tmp_path):

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from speedrun import hellaswag
-from speedrun.baseline_model import BaselineGPT
-from speedrun.config import BaselineConfig, Windows
+from speedrun.config import Windows
 from speedrun.data import BYTES, DataError
 from speedrun.hellaswag import Document, Task, documents, log_probabilities, pack, read_tasks
 from speedrun.reference.softcap_ce import softcap
 from speedrun.tokenizer import ByteTokenizer
 from test_record_model import RECORD, random_model
-from train_helpers import micro_batch
+from train_helpers import micro_batch, random_baseline
 
 CONFIG = dataclasses.replace(RECORD, vocab_size=BYTES.vocab_size)
 WINDOWS = Windows(5, 9)
@@ -106,16 +105,12 @@ def test_packed_is_alone(tokens_a_row):
 
 
 def test_baseline_model():
-    config = BaselineConfig(2, model_dim=16, head_dim=8, mlp_hidden=24, vocab_size=257)
-    model = BaselineGPT(config, torch.float64)
-    model.init_weights(0)
-    with torch.no_grad():
-        model.lm_head.normal_(generator=torch.Generator().manual_seed(0))
+    model = random_baseline(257)
     (row,) = pack(all_documents(), BOS, 10_000)
     found = log_probabilities(model, row, Windows(1024, 1024))
     document = all_documents()[2]
     tokens = document.tokens.tolist()
-    batch = micro_batch(config, torch.tensor([[*tokens, 0]]).numpy(), [0, len(tokens)])
+    batch = micro_batch(model.config, torch.tensor([[*tokens, 0]]).numpy(), [0, len(tokens)])
     with torch.no_grad():
         log_p = model(batch, model.plan_windows(batch, Windows(1024, 1024))).log_softmax(-1)
     expected = sum(log_p[i - 1, tokens[i]] for i in range(document.ending, len(tokens)))

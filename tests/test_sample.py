@@ -6,12 +6,11 @@ import io
 import pytest
 import torch
 
-from speedrun import cli
 from speedrun.commands import sample
 from speedrun.data import BYTES, GPT2
 from speedrun.runlog import RunError
 from test_record_model import RECORD, random_model
-from train_helpers import small_config
+from train_helpers import small_config, verb_on
 
 CONFIG = small_config(model=dataclasses.replace(RECORD, vocab_size=BYTES.vocab_size))
 
@@ -24,16 +23,7 @@ def model():
 @pytest.fixture
 def write(monkeypatch, capsys, model):
     """Runs the verb on `model`; exit code, stdout, stderr."""
-
-    def load(path, device):
-        return model, CONFIG, BYTES
-
-    def run(*words, load=load):
-        monkeypatch.setattr(sample, "load_for_inference", load)
-        code = cli.main(["sample", "CKPT", "--device", "cpu", *words])
-        return code, *capsys.readouterr()
-
-    return run
+    return verb_on((model, CONFIG, BYTES), sample, monkeypatch, capsys)
 
 
 def test_text(write):

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedrun import recipes
+from speedrun import cli, recipes
 from speedrun._numpy_loader import bigram_rows, sign_rows
+from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import MicroBatch
 from speedrun.config import (
     AdamRow,
+    BaselineConfig,
     Config,
     LayerSpec,
     ModelConfig,
@@ -235,3 +237,28 @@ def write_text(path: Path) -> None:
     words = [bytes(random.integers(97, 123, random.integers(2, 8)).tolist()) for _ in range(60)]
     chosen = np.minimum(random.zipf(1.4, 6000) - 1, 59)
     path.write_bytes(b" ".join(words[i] for i in chosen))
+
+
+def random_baseline(vocab_size: int) -> BaselineGPT:
+    """Float64, two layers, with a head that isn't zero as at the start."""
+    config = BaselineConfig(2, model_dim=16, head_dim=8, mlp_hidden=24, vocab_size=vocab_size)
+    model = BaselineGPT(config, torch.float64)
+    model.init_weights(0)
+    with torch.no_grad():
+        model.lm_head.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def verb_on(loaded: tuple, command: Any, monkeypatch: Any, capsys: Any) -> Callable:
+    """Runs the verb of module `command` on CKPT, which is `loaded`: (model, config, format).
+
+    Gives exit code, stdout, stderr; load: instead of `load_for_inference`.
+    """
+
+    def run(*words: str, load: Callable = lambda path, device: loaded) -> tuple[int, str, str]:
+        monkeypatch.setattr(command, "load_for_inference", load)
+        verb = command.__name__.rpartition(".")[2]
+        code = cli.main([verb, "CKPT", "--device", "cpu", *words])
+        return code, *capsys.readouterr()
+
+    return run

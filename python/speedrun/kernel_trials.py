@@ -2,8 +2,8 @@
 
 A program of its own (`python -m speedrun.kernel_trials ITEM …`), since a kernel may crash or hang:
 `run` reads what it prints line by line, ends it where an item takes too long, and starts it again
-for those that are left. The real proof
-is tests/ops and benchmarks/hardware_check.py; this finds what is broken on one machine.
+for those that are left. The real proof is tests/ops and benchmarks/hardware_check.py; this finds
+what is broken on one machine.
 
 Items: "STEM served" (by whatever would serve, ops/_dispatch.py), "STEM cuda", "STEM triton",
 "attention NAME" (its backends, which need a GPU); of the GPUs "memory", "matmul" and "nccl".
