@@ -217,17 +217,23 @@ def start_host(folder, endpoint, *words, num_hosts, ranks, prefix=(), **variable
     )
 
 
-def losses_of(hosts, folders) -> list:
-    """Waits for all hosts; the losses that one of them has in its folder, alone."""
+def run_of(hosts, folders) -> Path:
+    """Waits for all hosts; the run that one of them has in its folder, alone.
+
+    No host has a checkpoint: they share no folder.
+    """
     try:
         outputs = [host.communicate(timeout=120)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
     assert [host.returncode for host in hosts] == [0] * len(hosts), outputs
-    (run,) = [folder / "run" for folder in folders if (folder / "run").exists()]
+    (run,) = [path.parent for folder in folders for path in folder.glob("run/metrics.jsonl")]
+    others = [folder / "run" for folder in folders if folder / "run" != run]
+    assert [path for other in others for path in other.rglob("*") if path.is_file()] == []
+    assert list((run / "checkpoints").glob("*")) == []
     assert sum("final val_loss" in output for output in outputs) == 1
-    return read_losses(run)
+    return run
 
 
 def free_port() -> int:
@@ -251,7 +257,7 @@ def test_two_agents(one_host, tmp_path):
     folders = [tmp_path / "host0", tmp_path / "host1"]
     endpoint = f"127.0.0.1:{free_port()}"
     hosts = [start_host(folder, endpoint, num_hosts=2, ranks=1) for folder in folders]
-    assert losses_of(hosts, folders) == one_host
+    assert read_losses(run_of(hosts, folders)) == one_host
 
 
 @pytest.fixture
@@ -302,7 +308,7 @@ def test_two_network_namespaces(one_host, tmp_path, namespaces):
         )
         for i, (folder, (name, link, address)) in enumerate(zip(folders, namespaces, strict=True))
     ]
-    assert losses_of(hosts, folders) == one_host
+    assert read_losses(run_of(hosts, folders)) == one_host
 
 
 SCONTROL = """#!/usr/bin/env bash
@@ -346,7 +352,7 @@ def test_slurm_job(one_host, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert losses_of([job], folders) == one_host
+    assert read_losses(run_of([job], folders)) == one_host
 
 
 @pytest.mark.slow
@@ -355,11 +361,10 @@ def test_sixteen_ranks_on_two_hosts(tmp_path):
     folders = [tmp_path / "host0", tmp_path / "host1"]
     endpoint = f"127.0.0.1:{free_port()}"
     hosts = [start_host(folder, endpoint, num_hosts=2, ranks=8) for folder in folders]
-    losses = losses_of(hosts, folders)
-    validations = [loss for event, _, loss in losses if event == "validation"]
+    run = run_of(hosts, folders)
+    validations = [loss for event, _, loss in read_losses(run) if event == "validation"]
     assert len(validations) == 3 and validations == sorted(validations, reverse=True)
-    (folder,) = [Path(f) / "run" for f in folders if (f / "run").exists()]
-    header = read_events(folder)[0]
+    header = read_events(run)[0]
     assert header["world_size"] == 16 and not header["record_eligible"]
     (obstacle,) = header["record_obstacles"]
-    assert f"no record: {obstacle}" in (folder / "log.txt").read_text()
+    assert f"no record: {obstacle}" in (run / "log.txt").read_text()

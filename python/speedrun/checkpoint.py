@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from speedrun.comms import gather_objects
 from speedrun.config import Config, ConfigError, from_dict, to_dict
 from speedrun.data import DataError, DataFormat, LoaderPosition
 from speedrun.estimate import Precision, meta_model
@@ -163,7 +164,7 @@ def write(
 
     # It says at each call that there is one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    temporary = folder.with_name(folder.name + TEMPORARY)
+    temporary, problem = folder.with_name(folder.name + TEMPORARY), None
     try:
         dcp.save(
             dict(state),
@@ -179,12 +180,25 @@ def write(
             os.replace(temporary, folder)
             _sync_folder(folder.parent)
     except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        problem = reason_of(error)
+    problem = _first_of_all(problem, group)
+    if problem is not None:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a folder that isn't shared, each its own
         raise CheckpointError(
-            f"{folder}: the checkpoint can't be written ({reason_of(error)}; {_free(folder)}); "
+            f"{folder}: the checkpoint can't be written ({problem}; {_free(folder)}); "
             "earlier ones are as they were: mend that, then go on with --resume auto"
-        ) from None
+        )
+
+
+def _first_of_all(problem: str | None, group: ProcessGroup | None) -> str | None:
+    """The first rank's problem that has one, so that all know of it."""
+    if group is None:
+        return problem
+    try:
+        problems = gather_objects(problem, group)
+    except RuntimeError as error:  # a rank is gone
+        return problem or reason_of(error)
+    return next((found for found in problems if found is not None), None)
 
 
 def _check_all_here(folder: Path) -> None:

@@ -216,6 +216,13 @@ class Comms:
         self.calls.waiting_for = None
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """`Comms.gather_objects` in a group of its own, such as `Comms.host_group`."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def _padded(x: Tensor, num_rows: int) -> Tensor:
     """x (R, …), or a copy with rows of zeros behind it where `num_rows` are more."""
     missing = num_rows - len(x)
