@@ -1,164 +1,239 @@
-"""The time and the launches of a training step's parts, on this machine.
+"""What a training step costs on this machine, stage by stage, and beside the public program.
 
-    python -m benchmarks.bench_step [--recipe NAME] [--set KEY=VALUE] [--world-size N]
-                                    [--repeats N] [--json FILE]
+    python -m benchmarks.bench_step [--recipe NAME] [--data DIR] [--set KEY=VALUE] [--compile HOW]
+                                    [--rounds N] [--timelines DIR] [--json FILE]
+                                    [--peer FOLDER [--steps-a-round N]]
 
-So far the optimizer: each kind of step that the recipe has (with and without Adam, tied and not),
-as it is launched and, on a GPU, as a CUDA graph. With --world-size N, rank 0's share of N ranks,
-without the time of communication: its collectives return at once, and all of them are dense.
-Gradients are random numbers.
+Runs the training program itself on a short schedule with all its stages, and watches it
+(step_probe.py says how). Tokens: the shards of --data, again and again if there are few; else
+made-up ones. A table of the stages and the validation, then the twenty costliest kernels of each;
+--timelines keeps a chrome trace of each. On a CPU the same tables, of torch's operators.
 
-launches: kernels and copies that the GPU runs in one step, counted by torch's profiler; on a CPU,
-calls of torch's operators. Graphs add one fill a parameter: gradients keep their memory.
+With --peer, modded-nanogpt's training program in FOLDER runs beside ours instead, on the same
+tokens and the same device, in turns (side_by_side.py): milliseconds a step of both, their ratio
+and its spread.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench, report
-from speedrun import recipes
-from speedrun.comms import Comms
-from speedrun.config import Config, OptimConfig
-from speedrun.estimate import Precision, meta_model
-from speedrun.optim import Optimizer
+from benchmarks.bench import Timing
+from benchmarks.step_probe import Figures, Probe, stage_steps
+from benchmarks.training_check import write_made_up_shards
+from speedrun import estimate, hardware, recipes, train
+from speedrun.config import NUM_PARTS, Config, ConfigError
+from speedrun.data import DataError
+from speedrun.estimate import FP8_BYTES, Precision, meta_model
+from speedrun.optim import placements
 from speedrun.overrides import apply_overrides
+from speedrun.roofline import matrix_flops
+from speedrun.runlog import RunError
 from speedrun.schedule import Schedule, StepPlan
-from speedrun.sources import with_vocabulary
+from speedrun.sources import DataSource, shards_of, validation_data, with_vocabulary
 
-MODES = {"cuda": ("launched", "graph"), "cpu": ("launched",)}
+NUM_KERNELS = 20  # costliest, in a table
+PHASES = (
+    "data",
+    "forward and backward",
+    "forward",
+    "backward",
+    "optimizer",
+    "optimizer with Adam",
+)
+HEADER = (
+    "stage",
+    "tokens a micro-batch",
+    "ms a step",
+    "± IQR",
+    *(f"{phase} ms" for phase in PHASES),
+    "device busy ms",
+    "idle ms",
+    "launches",
+    "peak GB",
+    "tokens/s",
+    "% of roof",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    kind: str
-    mode: str
-    launches: int
-    timing: bench.Timing
+    """A stage, or the validation. roof_s: least time of a step's matrix products; nan: unknown."""
+
+    name: str
+    micro_batch_tokens: int
+    tokens: int  # of a step, or of a validation
+    figures: Figures
+    roof_s: float = math.nan
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(tuple(1e3 * ms for ms in self.figures.rounds_ms))
+
+    @property
+    def ms(self) -> float:
+        return self.timing.median_us / 1e3
+
+    @property
+    def busy_ms(self) -> float | None:
+        busy_us = self.figures.profile.busy_us
+        return None if busy_us is None else busy_us / 1e3
+
+    @property
+    def roof_frac(self) -> float:
+        return self.roof_s * 1e3 / self.ms
 
     def cells(self) -> tuple[str, ...]:
-        figures = (self.timing.median_us / 1e3, self.timing.iqr_us / 1e3)
-        return (self.kind, self.mode, str(self.launches), *(f"{x:.3f}" for x in figures))
+        def number(value: float | None, digits: int = 2) -> str:
+            return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+        figures, busy = self.figures, self.busy_ms
+        peak = figures.peak_bytes
+        return (
+            self.name,
+            f"{self.micro_batch_tokens:,}",
+            number(self.ms),
+            number(self.timing.iqr_us / 1e3),
+            *(number(figures.phase_ms(phase)) for phase in PHASES),
+            number(busy),
+            number(None if busy is None else self.ms - busy),
+            number(figures.profile.launches, 0),
+            number(None if peak is None else peak / 1e9, 1),
+            number(self.tokens / self.ms * 1e3, 0),
+            number(100 * self.roof_frac, 1),
+        )
+
+    def as_json(self) -> dict:
+        fields = dataclasses.asdict(self) | {
+            "median_ms": self.ms,
+            "phases_median_ms": {phase: self.figures.phase_ms(phase) for phase in PHASES},
+            "busy_ms": self.busy_ms,
+            "launches": self.figures.profile.launches,
+            "tokens_per_s": self.tokens / self.ms * 1e3,
+            "roof_frac": self.roof_frac,
+        }
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in fields.items()}
 
 
-HEADER = ("optimizer step", "mode", "launches", "ms", "± IQR")
+def products_s(
+    config: Config, precision: Precision, plan: StepPlan, roofs: Mapping[str, float]
+) -> float:
+    """Least time of a step's matrix products on one device, at the measured rates of large ones.
+
+    Of weights, of attention and of the orthogonalisation, forward and backward; nan in float32, of
+    which no rate is measured.
+    """
+    if precision.dtype == torch.float32:
+        return math.nan
+    model = meta_model(config.model, precision)
+    stage = Schedule(config.schedule).stages[plan.stage]
+    flops = {"bf16": 0.0, "fp8": 0.0}
+    for gemm in estimate.gemms(model, precision):
+        for operand_bytes in (gemm.forward_bytes, gemm.dx_bytes, gemm.dw_bytes):
+            kind = "fp8" if operand_bytes == FP8_BYTES else "bf16"
+            flops[kind] += 2.0 * gemm.num_weights * plan.tokens_per_step
+    length = min(plan.max_seq_len, estimate.micro_batch_tokens(config, stage, 1))
+    attention = estimate.attention_work(config.model, plan.windows, length, precision)
+    flops["bf16"] += sum(work.flops for work in attention.values()) * plan.tokens_per_step
+    for place in placements(model.named_parameters(), config.optim, 1):
+        if place.kind == "matrices" and config.optim.matrix_rule != "adamw":
+            flops["bf16"] += matrix_flops(place, config.optim, 1)
+    return sum(count / roofs[kind] for kind, count in flops.items() if count)
 
 
-class Stepper:
-    """Steps of an optimizer on random gradients."""
-
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], config: OptimConfig, comms: Comms
-    ) -> None:
-        self.parameters = parameters
-        self.device = next(iter(parameters.values())).device
-        self.optimizer = Optimizer(parameters.items(), config, comms)
-        self.gradients = {n: 1e-3 * torch.randn_like(p) for n, p in parameters.items()}
-
-    def refill(self) -> None:
-        """Every gradient, in its place where it has one; a step has cleared it."""
-        for name, p in self.parameters.items():
-            if p.grad is None:
-                p.grad = self.gradients[name].clone()
-            else:
-                p.grad.copy_(self.gradients[name])
-        for name, rows in self.optimizer.sparse.items():
-            rows.clear()
-            num_rows = self.parameters[name].shape[:-1].numel()
-            self.optimizer.touched(name, torch.arange(num_rows, device=self.device))
-
-    def step_us(self, plan: StepPlan) -> float:
-        self.refill()
-        bench.synchronize(self.device)
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            self.optimizer.step(plan)
-            return (time.perf_counter() - start) * 1e6
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.optimizer.step(plan)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    def launches(self, plan: StepPlan) -> int:
-        self.refill()
-        bench.synchronize(self.device)
-        return count_launches(lambda: self.optimizer.step(plan), self.device)
+def short_schedule(config: Config, steps: int) -> list[str]:
+    """--set words: `steps` steps for each stage, and a validation in front of it and at the end."""
+    num_stages = len(config.schedule.stages)
+    words = [
+        f"schedule.num_steps={num_stages * steps}",
+        f"schedule.val_interval={steps}",
+        "schedule.stage_ends=",
+    ]
+    if config.schedule.extension is not None:
+        words.append(f"schedule.extension_steps={steps}")
+    return words
 
 
-class _Calls(TorchDispatchMode):
-    """Counts calls of operators, but for those that only make a view."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def count_launches(function: Callable[[], object], device: torch.device) -> int:
-    if device.type == "cpu":
-        with _Calls() as calls:
-            function()
-        return calls.number
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        function()
-        bench.synchronize(device)
-    on_gpu = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len(on_gpu)
-
-
-def kinds_of(schedule: Schedule) -> dict[str, StepPlan]:
-    """A plan for each kind of step that the schedule has, but for the split itself."""
-    found = {}
-    for plan in schedule:
-        name = ("Muon and Adam" if plan.adam else "Muon") + (", tied" if plan.tied else "")
-        if not plan.split and not plan.last:
-            found.setdefault(name, plan)
-    return found
+def watch(args: argparse.Namespace, scratch: Path) -> list[Row]:
+    """Runs and watches the training. RunError where it fails."""
+    config = apply_overrides(recipes.load(args.recipe), args.set)
+    changes = short_schedule(config, stage_steps(config.schedule.adam_interval, args.rounds))
+    if config.data.val_tokens is not None:  # of --data, which may hold few
+        at_most = NUM_PARTS * config.data.val_tokens_per_part
+        changes += ["data.val_tokens=None", f"data.val_tokens_at_most={at_most}"]
+    data = args.data
+    if data is None:
+        data = scratch / "data"
+        config = apply_overrides(config, changes)
+        write_made_up_shards(data, config, config.schedule.total_steps)
+        if config.schedule.prefix_loss:  # made-up tokens are no texts
+            changes.append("schedule.prefix_loss=false")
+    options = argparse.ArgumentParser()
+    train.add_arguments(options)
+    command = ["--recipe", args.recipe, "--data", str(data), "--repeat-data", "--keep", "0"]
+    command += ["--device", args.device, "--out", str(scratch / "run"), "--compile", args.compile]
+    command += [f"--set={change}" for change in [*args.set, *changes]]
+    train_args = options.parse_args(command)
+    config = with_vocabulary(train.configure(train_args))
+    schedule, device = Schedule(config.schedule), torch.device(args.device)
+    probe = Probe(schedule, device, args.rounds, args.timelines)
+    with probe.watching():
+        if train.run(train_args):
+            raise RunError("the training failed; its message is above")
+    return rows_of(probe, config, shards_of(data, config), device)
 
 
-def make_parameters(config: Config, device: torch.device) -> dict[str, nn.Parameter]:
-    """The recipe's, at their full size, without the rest of the model."""
-    named = meta_model(config.model, Precision.of(config)).named_parameters()
-    return {
-        name: nn.Parameter(0.02 * torch.randn(p.shape, dtype=p.dtype, device=device))
-        for name, p in named
-    }
-
-
-def measure(config: Config, device: torch.device, comms: Comms, repeats: int) -> list[Row]:
-    parameters = make_parameters(config, device)
-    plans = kinds_of(Schedule(config.schedule))
+def rows_of(probe: Probe, config: Config, data: DataSource, device: torch.device) -> list[Row]:
+    """What the probe has seen, with the roofs of this device, which are measured here."""
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision=hardware.best_precision(device))
+    precision, roofs = Precision.of(config), bench.roofs(device)
     rows = []
-    for mode in MODES[device.type]:
-        optim = dataclasses.replace(config.optim, cuda_graph=mode == "graph")
-        stepper = Stepper(parameters, optim, comms)
-        for plan in plans.values():
-            for _ in range(3):  # compilation; the second step of a kind is captured
-                stepper.step_us(plan)
-        # Kinds in turn, so that a clock that drifts hits all alike.
-        samples = {kind: [] for kind in plans}
-        for _ in range(repeats):
-            for kind, plan in plans.items():
-                samples[kind].append(stepper.step_us(plan))
-        for kind, plan in plans.items():
-            timing = bench.Timing(tuple(samples[kind]))
-            rows.append(Row(kind, mode, stepper.launches(plan), timing))
+    for i, (stage, figures) in enumerate(zip(probe.schedule.stages, probe.stages, strict=True)):
+        plan = probe.schedule.plan(probe.schedule.starts[i])
+        name = "extension" if stage is config.schedule.extension else f"{i + 1}"
+        tokens = estimate.micro_batch_tokens(config, stage, 1)
+        least_s = products_s(config, precision, plan, roofs)
+        rows.append(Row(name, tokens, plan.tokens_per_step, figures, least_s))
+    num_parts = sum(1 for _ in validation_data(config, data, rank=0, world_size=1))
+    part_tokens = config.data.val_tokens_per_part
+    rows.append(Row("validation", part_tokens, num_parts * part_tokens, probe.validation))
     return rows
+
+
+def kernel_table(row: Row) -> str:
+    profile = row.figures.profile
+    total_us = sum(kernel.us for kernel in profile.kernels)
+    cells = [
+        (
+            kernel.name[:100].replace("|", "/"),
+            f"{kernel.calls:,.1f}",
+            f"{kernel.us / kernel.calls:,.1f}",
+            f"{kernel.us / 1e3:,.3f}",
+            f"{100 * kernel.us / total_us:.1f}",
+        )
+        for kernel in profile.kernels[:NUM_KERNELS]
+    ]
+    return report.markdown_table(("kernel", "calls", "µs each", "ms", "%"), cells)
+
+
+def show_stages(args: argparse.Namespace, facts: dict) -> dict:
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = watch(args, Path(scratch))
+    print(report.markdown_table(HEADER, [row.cells() for row in rows]))
+    for row in rows:
+        print(f"\n{row.name}: the costliest of {len(row.figures.profile.kernels)}")
+        print(kernel_table(row))
+    return facts | {"rows": [row.as_json() for row in rows]}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -167,31 +242,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--recipe", default="record_089")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of token shards")
+    parser.add_argument("--compile", default="auto", help="as of speedrun train (auto)")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each stage (5)")
+    parser.add_argument("--timelines", type=Path, metavar="DIR", help="keep chrome traces there")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    config = apply_overrides(recipes.load(args.recipe), args.set)
-    config = with_vocabulary(config)
-    if args.world_size > 1:  # nobody says how many rows the others would send
-        optim = dataclasses.replace(config.optim, sparse_rows_threshold=0)
-        config = dataclasses.replace(config, optim=optim)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.world_size > 1:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", FakeStore(), rank=0, world_size=args.world_size)
-    rows = measure(config, device, Comms(0, args.world_size), args.repeats)
-    gpu = report.environment()["gpu"] or "CPU"
-    print(f"{config.name}, rank 0 of {args.world_size} on {gpu}, torch {torch.__version__}")
-    print(report.markdown_table(HEADER, [row.cells() for row in rows]))
+    facts = report.environment() | {"recipe": args.recipe, "changes": args.set}
+    facts |= {"data": "real" if args.data else "made up", "compile": args.compile}
+    try:
+        content = show_stages(args, facts)
+    except (ConfigError, DataError, RunError) as problem:
+        print(f"bench_step: {problem}", file=sys.stderr)
+        return 1
+    print(f"\n{args.recipe} on {facts['gpu']}, torch {facts['torch']}, commit {facts['commit']}")
     if args.json:
-        entries = [dataclasses.asdict(row) for row in rows]
-        report.write_json(args.json, report.environment() | {"rows": entries})
+        report.write_json(args.json, content)
     return 0
 
 

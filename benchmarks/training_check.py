@@ -47,7 +47,7 @@ def largest_recipe() -> str:
     return min(sizes, key=lambda name: (-sizes[name], name))
 
 
-def write_made_up_shards(folder: Path, config: Config) -> None:
+def write_made_up_shards(folder: Path, config: Config, num_steps: int = NUM_STEPS) -> None:
     """Enough for no token to come twice, in the recipe's own format; bytes where it takes any."""
     largest = max(stage.tokens_per_step for stage in config.schedule.stages)
     validation = NUM_PARTS * config.data.val_tokens_per_part
@@ -55,7 +55,7 @@ def write_made_up_shards(folder: Path, config: Config) -> None:
     random = np.random.default_rng(0)
     words = np.arange(1, 201)
     shares = 1 / words / (1 / words).sum()
-    for split, tokens in (("train", NUM_STEPS * largest), ("val", 2 * validation)):
+    for split, tokens in (("train", num_steps * largest), ("val", 2 * validation)):
         documents = (
             (split, random.choice(words, DOCUMENT_TOKENS, p=shares).astype(np.uint16))
             for _ in range(NUM_PARTS + tokens // DOCUMENT_TOKENS)

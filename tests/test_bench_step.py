@@ -1,49 +1,116 @@
-"""The step benchmark's dry run on a CPU: what it counts and what it reports."""
+"""The step benchmark's dry run on a CPU: what is watched of a training run, and what it reports."""
 
+import gzip
 import json
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from benchmarks import bench_step
+from benchmarks import bench_step, step_probe
+from benchmarks.bench_step import PHASES
+from benchmarks.step_probe import Figures, KernelCost, Profile
 from speedrun import recipes
+from speedrun.estimate import Precision
 from speedrun.schedule import Schedule
+from train_helpers import tiny_sets
 
-CPU = torch.device("cpu")
-
-
-def test_kinds_of_the_record():
-    kinds = bench_step.kinds_of(Schedule(recipes.load("record_089").schedule))
-    found = {name: (plan.step, plan.adam, plan.tied) for name, plan in kinds.items()}
-    assert found == {
-        "Muon, tied": (0, False, True),
-        "Muon and Adam, tied": (1, True, True),
-        "Muon": (848, False, False),
-        "Muon and Adam": (849, True, False),
-    }
+ROUNDS = 2
 
 
-def test_calls_are_counted_without_views():
-    x = torch.ones(2, 3)
-    assert bench_step.count_launches(lambda: x.view(6).add_(1).mul_(2), CPU) == 2
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The benchmark's JSON, and the folder of its timelines."""
+    folder = tmp_path_factory.mktemp("bench_step")
+    args = [f"--rounds={ROUNDS}", f"--timelines={folder / 'timelines'}", "--device=cpu"]
+    args += ["--recipe=tiny", f"--json={folder / 'step.json'}", *tiny_sets()]
+    assert bench_step.main(args) == 0
+    return json.loads((folder / "step.json").read_text()), folder / "timelines"
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_dry_run(world_size, tmp_path, capsys):
-    """Every kind of step of the recipe, its share of the ranks, as a table and as JSON."""
-    path = tmp_path / "step.json"
-    args = ["--recipe=tiny", "--repeats=2", f"--world-size={world_size}", f"--json={path}"]
-    try:
-        assert bench_step.main(args) == 0
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    content = json.loads(path.read_text())
-    assert [row["kind"] for row in content["rows"]] == ["Muon and Adam, tied", "Muon and Adam"]
-    for row in content["rows"]:
-        assert row["mode"] == "launched" and row["launches"] > 0
-        assert len(row["timing"]["samples_us"]) == 2
-    shown = capsys.readouterr().out
-    assert f"tiny, rank 0 of {world_size} on cpu" in shown
-    assert content["torch"] == torch.__version__
+def test_stages_and_validation(report):
+    rows = report[0]["rows"]
+    assert [row["name"] for row in rows] == ["1", "2", "validation"]
+    for row in rows[:-1]:
+        assert row["tokens"] == 1024 and row["micro_batch_tokens"] == 1024
+        assert len(row["figures"]["rounds_ms"]) == ROUNDS
+        phases = row["figures"]["phases_ms"]
+        assert set(phases) == set(PHASES)
+        counts = {name: len(samples) for name, samples in phases.items()}
+        every_step = step_probe.PHASED * 2  # Adam's interval is 2
+        assert counts == dict.fromkeys(PHASES, every_step) | {
+            name: every_step // 2 for name in ("optimizer", "optimizer with Adam")
+        }
+        for whole, *both in zip(
+            *(phases[name] for name in ("forward and backward", "forward", "backward")), strict=True
+        ):
+            assert sum(both) == pytest.approx(whole) and min(both) > 0
+    assert rows[-1]["tokens"] % 256 == 0 and len(rows[-1]["figures"]["rounds_ms"]) == 1
+    for row in rows:
+        assert row["median_ms"] > 0
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["median_ms"] * 1e3)
+        assert row["busy_ms"] is None and row["roof_frac"] is None  # on a CPU, in float32
+    assert report[0]["data"] == "made up" and report[0]["torch"] == torch.__version__
+
+
+def test_kernels_of_a_stage(report):
+    """Costliest first, those of one step."""
+    for row in report[0]["rows"]:
+        kernels = row["figures"]["profile"]["kernels"]
+        assert [k["us"] for k in kernels] == sorted((k["us"] for k in kernels), reverse=True)
+        assert row["launches"] == pytest.approx(sum(k["calls"] for k in kernels))
+    by_name = {k["name"]: k["calls"] for k in report[0]["rows"][0]["figures"]["profile"]["kernels"]}
+    assert by_name["aten::embedding"] == 3  # of tokens, bigrams and signs: one micro-batch a step
+
+
+def test_timelines(report):
+    paths = sorted(report[1].iterdir())
+    assert [path.name for path in paths] == [
+        "stage_1.json.gz",
+        "stage_2.json.gz",
+        "validation.json.gz",
+    ]
+    for path in paths:
+        assert "aten::mm" in {e["name"] for e in json.loads(gzip.open(path).read())["traceEvents"]}
+
+
+def test_what_cannot_run_says_why(capsys):
+    assert bench_step.main(["--recipe=tiny", "--set=model.model_dim=7"]) == 1
+    assert "model.model_dim" in capsys.readouterr().err
+
+
+def test_device_time_of_overlapping_kernels():
+    events = [("a", 0.0, 4.0), ("b", 2.0, 5.0), ("a", 7.0, 9.0), ("b", 7.5, 8.0)]
+    profile = step_probe.device_profile(events, count=2)
+    assert profile.busy_us == (5 + 2) / 2
+    assert profile.kernels == (KernelCost("a", 1.0, 3.0), KernelCost("b", 1.0, 1.75))
+    assert profile.launches == 2
+
+
+def test_a_row_shows_only_what_was_seen():
+    """A replayed graph has no forward pass to be seen; what a device is not busy, it is idle."""
+    profile = Profile((KernelCost("k", 3.0, 5_000.0),), busy_us=6_000.0)
+    figures = Figures([7.0, 9.0, 8.0], {"forward and backward": [5.0, 6.0]}, profile, 2_000_000_000)
+    row = bench_step.Row("1", 100, 800, figures, roof_s=2e-3)
+    shown = dict(zip(bench_step.HEADER, row.cells(), strict=True))
+    assert shown["forward and backward ms"] == "5.50" and shown["forward ms"] == "-"
+    assert (shown["device busy ms"], shown["idle ms"]) == ("6.00", "2.00")
+    assert (shown["ms a step"], shown["peak GB"]) == ("8.00", "2.0")
+    assert (shown["tokens/s"], shown["% of roof"]) == ("100,000", "25.0")
+
+
+def test_least_time_of_the_records_products():
+    """In FP8: the head, forward and backward, and the MLP forward (RECIPE section 3)."""
+    config = recipes.load("record_089")
+    plan = Schedule(config.schedule).plan(0)
+    precision = Precision(torch.bfloat16, fp8=True)
+    config = bench_step.with_vocabulary(config)
+
+    def seconds(bf16, fp8):
+        return bench_step.products_s(config, precision, plan, {"bf16": bf16, "fp8": fp8})
+
+    head, mlp = 3 * 2 * 768 * 50304, 2 * 11 * 2 * 768 * 3072
+    assert seconds(1e30, 1e12) == pytest.approx(131_072 * (head + mlp) / 1e12)
+    both = seconds(1e12, 1e12)
+    assert seconds(1e12, 1e30) == pytest.approx(both - seconds(1e30, 1e12))
+    # Twice as much for FLOPs in 16 bits: all of the MLP's backward, attention, and the optimizer.
+    assert seconds(1e12, 1e30) > 131_072 * 2 * mlp / 1e12
