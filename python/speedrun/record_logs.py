@@ -9,10 +9,12 @@ stops where it likes. Most begin with a listing of their own source, whose text 
 from __future__ import annotations
 
 import ast
+import glob
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ class LoggedRun:
     resumed: bool = False  # from a checkpoint, so in two pieces
     header: dict[str, Any] = field(default_factory=dict)  # of a run of ours, else empty
     path: Path | None = None
+    source_sha256: str | None = None  # of a public program, where its log begins with it
 
     @property
     def seed(self) -> int | None:
@@ -68,6 +71,16 @@ HEADER_KEYS = (  # of a run of ours: what the rules ask for
     "val_data",
 )
 LOG_SUFFIXES = (".txt", ".log")
+
+
+def read_all(words: Sequence[str]) -> list[LoggedRun]:
+    """`read_runs` of paths, or of patterns that a shell hasn't expanded."""
+    found = []
+    for word in words:
+        matches = [] if Path(word).exists() else sorted(glob.glob(word))
+        for path in matches or [word]:
+            found += read_runs(Path(path))
+    return found
 
 
 def read_runs(path: Path) -> list[LoggedRun]:
@@ -112,8 +125,8 @@ def _read_folder(folder: Path) -> list[LoggedRun]:
     return runs
 
 
-def read_run_folder(folder: Path) -> LoggedRun:
-    """A run of ours. A last line that was cut off by the machine's end is left out."""
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Of a run of ours, also while it writes. A last line without its end is left out."""
     path = folder / "metrics.jsonl"
     events = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -124,6 +137,14 @@ def read_run_folder(folder: Path) -> LoggedRun:
             raise LogError(
                 f"{path}: line {number} is no JSON; the file is damaged, leave this run out"
             ) from None
+    if not events:
+        raise LogError(f"{path}: empty; the run has not begun, or ended before")
+    return events
+
+
+def read_run_folder(folder: Path) -> LoggedRun:
+    """A run of ours."""
+    path, events = folder / "metrics.jsonl", read_events(folder)
     try:
         return _run_of_events(folder, events)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -166,7 +187,10 @@ def without_source(text: str) -> str:
 
 def parse_log(text: str, name: str) -> list[LoggedRun]:
     """The runs in the text of a public log; more than one where the step number goes back."""
+    listing = text
     text = without_source(text)
+    listing = listing[: len(listing) - len(text)]
+    digest = hashlib.sha256(listing.encode()).hexdigest() if listing else None
     gpus = tuple(match.group(1) for match in GPU_ROW.finditer(text))
     runs: list[list[_Line]] = []
     for line in _lines(text):
@@ -177,7 +201,7 @@ def parse_log(text: str, name: str) -> list[LoggedRun]:
         return [LoggedRun(name, (), gpus=gpus, path=Path(name))]
     names = [name] if len(runs) == 1 else [f"{name}#{i}" for i in range(1, len(runs) + 1)]
     return [
-        _logged_run(lines, own_name, gpus, Path(name))
+        _logged_run(lines, own_name, gpus, Path(name), digest)
         for lines, own_name in zip(runs, names, strict=True)
     ]
 
@@ -207,7 +231,9 @@ def _lines(text: str) -> Iterator[_Line]:
         )
 
 
-def _logged_run(lines: list[_Line], name: str, gpus: tuple[str, ...], path: Path) -> LoggedRun:
+def _logged_run(
+    lines: list[_Line], name: str, gpus: tuple[str, ...], path: Path, source_sha256: str | None
+) -> LoggedRun:
     restart = None
     for before, line in itertools.pairwise(lines):
         if (line.train_time_s or 0.0) < (before.train_time_s or 0.0):
@@ -228,6 +254,7 @@ def _logged_run(lines: list[_Line], name: str, gpus: tuple[str, ...], path: Path
         gpus=gpus,
         clock_restart_step=restart,
         path=path,
+        source_sha256=source_sha256,
     )
 
 

@@ -240,7 +240,9 @@ class RunLog:
         if self.folder is None:
             return
         line = format_line(step, self.total_steps, "train_loss", loss, train_time_s)
-        self._event("training", step=step, train_loss=loss, train_time_s=train_time_s)
+        self._event(
+            "training", step=step, train_loss=loss, train_time_s=train_time_s, tokens=tokens_done
+        )
         if step % self.log_interval == 0:
             self._write(line)
         tokens_per_s = tokens_done / max(train_time_s, 1e-9)

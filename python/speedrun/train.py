@@ -25,7 +25,6 @@ from speedrun.batch import LossWeights, MicroBatch
 from speedrun.comms import Comms
 from speedrun.config import GRADIENT_DIVISOR, BaselineConfig, Config, ConfigError
 from speedrun.config_check import check
-from speedrun.corpus import compressed_nats_per_byte
 from speedrun.data import StepBatch
 from speedrun.estimate import Precision
 from speedrun.evaluate import evaluate
@@ -52,6 +51,7 @@ from speedrun.sources import (
     validation_data,
 )
 from speedrun.step_dump import Origin
+from speedrun.target import target_of
 from speedrun.tokenizer import Tokenizer
 from speedrun.world_size import check_world_size, record_obstacles
 
@@ -202,6 +202,7 @@ def start_log(
             "train_data": [str(path) for path in data.train],
             "val_data": [str(path) for path in data.val],
             "tokenizer": data.format.tokenizer,
+            "target_loss": target_of(config, data)[0],
         },
         start.step,
     )
@@ -321,18 +322,12 @@ def finish(config: Config, data: DataSource, log: RunLog) -> None:
     """The verdict, the picture and what to try next, on rank 0."""
     if log.folder is None or log.val_loss is None:
         return
-    target = config.target_loss
-    what = "the recipe's target"
-    if target == "gzip" and data.format.tokenizer == "bytes":
-        validated = config.data.val_tokens or config.data.val_tokens_at_most
-        sizes = compressed_nats_per_byte(data.val, validated and validated + 1)
-        target, what = sizes["gzip"], f"gzip -9 on the same bytes (bz2 -9: {sizes['bz2']:.4f})"
-    if isinstance(target, float):
+    target, what = target_of(config, data)
+    if target is None:
+        log.say(f"final val_loss {log.val_loss:.4f} nats a token")
+    else:
         verdict = "reached" if log.val_loss <= target else "not reached"
         log.say(f"final val_loss {log.val_loss:.4f}; target {target:.4f}, {what}: {verdict}")
-    else:
-        target = float("nan")  # gzip's figure is per byte, these tokens are not bytes
-        log.say(f"final val_loss {log.val_loss:.4f} nats a token")
     try:
         log.say(f"loss curve: {plot_loss(log.folder, config.name, target)}")
     except ImportError:
@@ -346,6 +341,7 @@ NEXT_STEPS = """next:
   what it computes  speedrun explain --recipe {recipe}
   worth of a part   speedrun ablate --recipe {recipe}
   two processes     torchrun --standalone --nproc_per_node=2 -m speedrun.train --recipe {recipe}
+  beside others     speedrun plot {folder} OTHER
   every number      {folder}/metrics.jsonl, config.json"""
 
 

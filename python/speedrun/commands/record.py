@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import glob
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from speedrun._text_table import text_table
 from speedrun.record_folder import Title, claim, make_folder, update_table
-from speedrun.record_logs import LogError, LoggedRun, read_runs
+from speedrun.record_logs import LogError, LoggedRun, read_all
 from speedrun.record_report import Report, judge
 from speedrun.record_rules import (
     TRACKS,
@@ -101,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         code, message = NOT_MET, error
     except (LogError, RecordError) as error:
         code, message = UNREADABLE, error
+    except BrokenPipeError:  # of stdout: for cli
+        raise
     except OSError as error:
         code, message = UNREADABLE, f"{error.filename}: can't be read ({error.strerror})"
     print(f"speedrun record: error: {message}", file=sys.stderr)
@@ -132,23 +133,13 @@ def _table(args: argparse.Namespace) -> int:
 
 def _judge(args: argparse.Namespace, separator: str | None) -> Report:
     """separator: between the folders of a run's short name; None leaves whole paths."""
-    runs, baseline = _read(args.logs), _read(args.baseline)
+    runs, baseline = read_all(args.logs), read_all(args.baseline)
     if separator is not None:
         runs, baseline = _short_names(runs, separator), _short_names(baseline, separator)
     track = choose_track(runs, args.track, args.target)
     track = dataclasses.replace(track, systems_only=args.systems_only)
     experiment = args.experiment or track.name not in TRACKS
     return judge(runs, track, baseline, args.stop_step, experiment)
-
-
-def _read(words: Sequence[str]) -> list[LoggedRun]:
-    """Paths, or patterns that a shell hasn't expanded."""
-    found = []
-    for word in words:
-        matches = [] if Path(word).exists() else sorted(glob.glob(word))
-        for path in matches or [word]:
-            found += read_runs(Path(path))
-    return found
 
 
 def _short_names(runs: list[LoggedRun], separator: str) -> list[LoggedRun]:
