@@ -164,7 +164,7 @@ def test_damage_inside_is_named(tmp_path):
         ("a.txt", "hello\n", "no line such as 'step:"),
         ("a.txt", "", "no line such as 'step:"),
         ("a.bin", "\xff\x00", "no line such as 'step:"),
-        ("metrics.jsonl", "", "not as this version writes it"),
+        ("metrics.jsonl", "", "empty; the run has not begun"),
         ("metrics.jsonl", "[]\n", "not as this version writes it"),
         ("metrics.jsonl", '{"event": "header", "seed": 1}\n', "no config, environment, sources"),
     ],
