@@ -108,7 +108,7 @@ def losses_of(model, batch, arrays, windows, multi_token, prefix):
         return model.losses(
             model.trunk(batch, plan),
             targets_TN,
-            multi_token,
+            torch.tensor(multi_token),
             prefix_targets_T=prefixes,
             prefix_weight=prefix,
         )

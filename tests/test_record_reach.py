@@ -177,7 +177,8 @@ def losses_up_to_10(model, batch):
     plan = model.plan_windows(batch, WINDOWS)
     targets_TN = shifted_targets(batch.targets_PT, 3, plan.first_PT)
     with torch.no_grad():
-        return model.losses(model.trunk(batch, plan), targets_TN, (1.0, 0.5, 0.25))[:11].sum()
+        weights_N = torch.tensor([1.0, 0.5, 0.25])
+        return model.losses(model.trunk(batch, plan), targets_TN, weights_N)[:11].sum()
 
 
 # ---- Parts --------------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from numerics import assert_same_bits
+from recorded_graphs import RecordedGraphs, Recording
 from speedrun.comms import Comms
 from speedrun.config import AdamRow, MuonRow, OptimConfig
 from speedrun.optim import Optimizer
@@ -38,46 +37,6 @@ SHAPES = {
 }
 
 
-class Recording(TorchDispatchMode):
-    """A CUDA graph for the CPU: the calls of a step, replayed on the very same tensors.
-
-    As with a graph, whatever the host computed is a constant of it, and it can't ask the device.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a number"
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-class RecordedGraphs:
-    """In the place of StepGraphs."""
-
-    def __init__(self):
-        self.graphs = {}
-        self.replayed = []
-
-    def run(self, kind, work):
-        if kind not in self.graphs:
-            with Recording() as self.graphs[kind]:
-                work()
-        else:
-            self.graphs[kind].replay()
-            self.replayed.append(kind)
-
-
 def run(config, dtype, num_steps, graphs=None):
     """Weights and state after the steps, from gradients that differ in every step."""
     parameters = {
@@ -86,6 +45,8 @@ def run(config, dtype, num_steps, graphs=None):
     }
     optimizer = Optimizer(parameters.items(), config, Comms())
     optimizer.graphs = graphs
+    if graphs is not None:
+        optimizer.keep_gradients()
     for step in range(num_steps):
         gradients = {
             name: normal(*shape, seed=100 * step + i, dtype=dtype)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speedrun.batch import LossWeights, MicroBatch
+from speedrun.batch import LossWeights, MicroBatch, to_device
 from speedrun.config import BaselineConfig, Windows
 from speedrun.ops.attention import AttentionPlan, attention, plan_attention
 from speedrun.ops.qk_norm_rope import NORM_EPS, rotary_frequencies, rotary_table
@@ -155,7 +155,14 @@ class BaselineGPT(nn.Module):
     def refresh_fp8(self, down_own_amax: bool) -> None:
         """Nothing: this model has no FP8. The program calls it before a step's micro-batches."""
 
-    def plan_windows(self, batch: MicroBatch, windows: Windows) -> BaselinePlan:
+    def turning(self, windows: Windows, num_tokens: int) -> Tensor:
+        """(head_dim / 4,) rotary frequencies, the same for all windows."""
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rotary_base)
+        return to_device(frequencies, self.embed.device)
+
+    def plan_windows(
+        self, batch: MicroBatch, windows: Windows, turning: Tensor | None = None
+    ) -> BaselinePlan:
         """One mask, of the long window, which reaches over a whole sequence; the rotary tables.
 
         `batch.cu_seqlens` are sequences here, and positions count from the start of each.
@@ -167,9 +174,9 @@ class BaselineGPT(nn.Module):
         places = torch.arange(num_tokens, device=self.embed.device, dtype=torch.int32)
         sequence = torch.searchsorted(batch.cu_seqlens, places, right=True) - 1
         positions = (places - batch.cu_seqlens[sequence])[:, None]
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rotary_base)
+        frequencies = self.turning(windows, num_tokens) if turning is None else turning
         wide = torch.promote_types(dtype, torch.float32)
-        return BaselinePlan(mask, *rotary_table(frequencies.to(places.device), positions, wide))
+        return BaselinePlan(mask, *rotary_table(frequencies, positions, wide))
 
     def forward(self, batch: MicroBatch, plan: BaselinePlan) -> Tensor:
         """Logits (P*T, V), behind the softcap."""

@@ -5,6 +5,7 @@ P parts of a micro-batch, T tokens a part, N targets a position.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,20 @@ class LossWeights:
     multi_token: tuple[float, ...] = (1.0,)
     prefix: float = 0.0
     prefix_table_V: Tensor | None = None  # int64: a token's longest proper prefix, −1 for none
+    tensor: Tensor | None = None  # (N + 1,) float64 on the device: multi_token, prefix
+
+    def on(self, device: torch.device) -> LossWeights:
+        """With `tensor`, which the loss reads. The host doesn't wait for the device."""
+        if self.tensor is not None:
+            return self
+        values = torch.tensor([*self.multi_token, self.prefix], dtype=torch.float64)
+        return dataclasses.replace(self, tensor=to_device(values, device))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host there. Through pinned memory, since the host waits for a copy from any
+    other, and so for all work that the device has before it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def shifted_targets(targets_PT: Tensor, num_targets: int, first_PT: Tensor | None = None) -> Tensor:
@@ -61,7 +76,7 @@ def document_starts(batch: MicroBatch) -> Tensor:
     """(P, T) bool: tokens that begin a document."""
     num_tokens = batch.inputs_PT.numel()
     first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=batch.inputs_PT.device)
-    first[batch.cu_seqlens.long()] = True
+    first.index_fill_(0, batch.cu_seqlens.long(), True)
     return first[:num_tokens].view(batch.inputs_PT.shape)
 
 

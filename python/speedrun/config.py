@@ -460,6 +460,8 @@ class Config:
     # on GPUs recipe, or bf16 where they have no FP8.
     precision: Literal["auto", "recipe", "bf16", "float32"] = "auto"
     micro_batch_parts: int = 1  # parts of a step that go through the model at once
+    # Each kind of forward and backward pass is captured once and replayed (on a GPU).
+    cuda_graph: bool = False
     log_interval: int = 1  # steps between training lines of the log
     guards: GuardConfig = field(default_factory=GuardConfig)
 

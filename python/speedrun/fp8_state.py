@@ -103,7 +103,7 @@ class Fp8AttentionState(nn.Module):
             banks["qkv"] = torch.cat([qk_bank.view(len(v_bank), -1, qk_bank.shape[-1]), v_bank], 1)
         if self.config.out == "fp8":
             banks["out"] = o_bank
-        if self.config.x_scale == "static":
+        if self.config.x_scale == "static" and self.x_scale is None:
             self.x_scale = normed_scale(qk_bank.shape[-1], qk_bank.device)
         transposed = self.config.dx == "fp8"
         self.weights = {

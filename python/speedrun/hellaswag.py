@@ -188,7 +188,7 @@ def token_losses(model: GPT | BaselineGPT, batch: MicroBatch, windows: Windows) 
     """(T,) cross-entropy of the targets, in nats; 0 without one."""
     x_TD, targets_T = model.trunk(batch, model.plan_windows(batch, windows)), batch.targets_PT[0]
     if isinstance(model, GPT):
-        return model.losses(x_TD, targets_T[:, None], (1.0,))
+        return model.losses(x_TD, targets_T[:, None], torch.ones(1, device=x_TD.device))
     losses = []
     for x, targets in zip(x_TD.split(1024), targets_T.split(1024), strict=True):
         z = baseline_model.logits(x, model.lm_head, model.head_bias, model.config.softcap)

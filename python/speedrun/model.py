@@ -26,6 +26,7 @@ from speedrun.batch import (
     isolated_rows,
     previous,
     shifted_targets,
+    to_device,
 )
 from speedrun.config import LayerSpec, ModelConfig, Windows
 from speedrun.fp8_state import Fp8AttentionState, Fp8HeadState, Fp8MLPState
@@ -60,6 +61,8 @@ from speedrun.ops.qk_norm_rope import (
 from speedrun.ops.residual_mix import NORM_EPS, residual_mix_norm
 
 SMEAR_COLUMNS = 12  # of an embedding, that its smear gate reads
+# Rotary tables cos and sin, by whether heads are paired; the factor of attention's scores.
+Turning = tuple[dict[bool, tuple[Tensor, Tensor]], float]
 RESIDUAL_START = 1.1**0.5  # of each factor on the residual stream: 1.1 a layer
 
 
@@ -192,8 +195,13 @@ class GPT(nn.Module):
                 function = types.FunctionType(code, layer_forward.__globals__, "layer_forward")
                 self.layer_functions[spec] = torch.compile(function, dynamic=False)
 
-    def plan_windows(self, batch: MicroBatch, windows: Windows) -> BatchPlan:
-        """What the layers share: one mask for each kind of attention, the rotary tables."""
+    def plan_windows(
+        self, batch: MicroBatch, windows: Windows, turning: Turning | None = None
+    ) -> BatchPlan:
+        """What the layers share: one mask for each kind of attention, the rotary tables.
+
+        turning: that of these windows and of the batch's tokens a part, if it is there already.
+        """
         config, dtype = self.config, self.embed.dtype
         num_tokens = batch.inputs_PT.numel()
         kinds = {(spec.window, spec.paired) for spec in self.layers if spec.attention}
@@ -211,13 +219,11 @@ class GPT(nn.Module):
         dc = None
         if any(spec.dc for spec in self.layers):
             dc = plan_dc_attention(batch.cu_seqlens, num_tokens, config.dc_window)
-        rotary, score_scale = self.turning(windows, batch.inputs_PT.shape[1])
+        rotary, score_scale = turning or self.turning(windows, batch.inputs_PT.shape[1])
         first_PT = document_starts(batch) if config.isolate_documents else None
         return BatchPlan(masks, dc, rotary, score_scale, first_PT)
 
-    def turning(
-        self, windows: Windows, num_tokens: int, begin: int = 0
-    ) -> tuple[dict[bool, tuple[Tensor, Tensor]], float]:
+    def turning(self, windows: Windows, num_tokens: int, begin: int = 0) -> Turning:
         """Rotary tables of positions from `begin`, by whether heads are paired; the score scale."""
         config, device = self.config, self.embed.device
         frequencies = rotary_frequencies(config.qk_dim, config.rotary_base)
@@ -225,12 +231,12 @@ class GPT(nn.Module):
         for old, new in windows.yarn:
             frequencies, factor = yarn(frequencies, old, new)
             score_scale *= factor
-        rotary = {}
+        frequencies, rotary = to_device(frequencies, device), {}
         for paired in sorted({spec.paired for spec in self.layers if spec.attention}):
             heads = config.num_heads if paired else 0
             positions = rotary_positions(num_tokens, heads) + (2 * begin if paired else begin)
-            tables = rotary_table(frequencies.to(device), positions.to(device), self.embed.dtype)
-            rotary[paired] = tables
+            positions = to_device(positions, device)
+            rotary[paired] = rotary_table(frequencies, positions, self.embed.dtype)
         return rotary, score_scale
 
     def refresh_fp8(self, down_own_amax: bool) -> None:
@@ -397,6 +403,7 @@ class GPT(nn.Module):
     def training_loss(self, batch: MicroBatch, plan: BatchPlan, weights: LossWeights) -> Tensor:
         """Scalar: weighted loss summed over the positions of the micro-batch, fp32 or wider."""
         head, fp8 = self.config.head, self.fp8_head
+        numbers = weights.on(self.embed.device).tensor
         targets_TN = shifted_targets(batch.targets_PT, len(weights.multi_token), plan.first_PT)
         prefix_targets_T = None
         if weights.prefix:
@@ -404,9 +411,9 @@ class GPT(nn.Module):
         losses = self.losses(
             self.trunk(batch, plan, training=True),
             targets_TN,
-            weights.multi_token,
+            numbers[:-1],
             prefix_targets_T=prefix_targets_T,
-            prefix_weight=weights.prefix,
+            prefix_weight=numbers[-1] if weights.prefix else 0.0,
             count_missing_targets=head.count_missing_targets,
             round_sigmoid=head.round_sigmoid and fp8 is not None,
             fp8=None if fp8 is None else fp8.current(),
@@ -416,13 +423,11 @@ class GPT(nn.Module):
     def validation_loss(self, batch: MicroBatch, plan: BatchPlan) -> Tensor:
         """Scalar: plain cross-entropy of the next token, summed over the positions."""
         targets_TN = shifted_targets(batch.targets_PT, 1)
-        return self.losses(self.trunk(batch, plan), targets_TN, (1.0,)).sum()
+        weight_N = torch.ones(1, device=targets_TN.device)
+        return self.losses(self.trunk(batch, plan), targets_TN, weight_N).sum()
 
-    def losses(
-        self, x_TD: Tensor, targets_TN: Tensor, weights: tuple[float, ...], **options: Any
-    ) -> Tensor:
+    def losses(self, x_TD: Tensor, targets_TN: Tensor, weights_N: Tensor, **options: Any) -> Tensor:
         """(P*T,) softcapped cross-entropy of the head; `options` are head_loss's."""
         config = self.config
-        weights_N = torch.tensor(weights, dtype=torch.float32, device=x_TD.device)
         softcap = (config.softcap_a, config.softcap_b, config.softcap_c)
-        return head_loss(x_TD, self.lm_head, targets_TN, weights_N, *softcap, **options)
+        return head_loss(x_TD, self.lm_head, targets_TN, weights_N.float(), *softcap, **options)

@@ -303,6 +303,11 @@ class Optimizer:
         self.graphs = None
         if config.cuda_graph and device.type == "cuda":
             self.graphs = StepGraphs()
+        self.keeps_gradients = self.graphs is not None
+
+    def keep_gradients(self) -> None:
+        """From now on a gradient that is used up becomes zero where it is, instead of going."""
+        self.keeps_gradients = True
 
     def touched(self, name: str, rows: Tensor) -> None:
         """Rows of table `name` in which a micro-batch leaves a gradient; any shape, integers.
@@ -408,8 +413,7 @@ class Optimizer:
         """
         found = {}
         for name, param in self.params.items():
-            # Graphs keep used-up gradients, as zeros.
-            if param.grad is not None and (self.graphs is None or param.grad.any()):
+            if param.grad is not None and not (self.keeps_gradients and not param.grad.any()):
                 found[f"grad.{name}"] = param.grad
         touched = {f"touched.{name}": torch.cat(rows) for name, rows in self.sparse.items() if rows}
         return found | touched
@@ -436,7 +440,7 @@ class Optimizer:
 
     def _forget(self, param: nn.Parameter) -> None:
         """Its gradient. Graphs read gradients where they were at the capture: these keep theirs."""
-        if self.graphs is None:
+        if not self.keeps_gradients:
             param.grad = None
         elif param.grad is not None:
             param.grad.zero_()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedrun.batch import MicroBatch
+from speedrun.batch import MicroBatch, to_device
 from speedrun.config import Config, ConfigError, ModelConfig, num_parts
 from speedrun.corpus import stdlib_corpus, text_corpus
 from speedrun.data import (
@@ -180,11 +180,13 @@ def validation_data(config: Config, data: DataSource, rank: int, world_size: int
 def made_up_batch(
     config: Config, shape: BatchShape, vocab_size: int, world_size: int, seed: int
 ) -> StepBatch:
-    """A rank's parts of a step in that shape, of random tokens in one document each."""
+    """A rank's parts of a step in that shape, of random tokens in documents of max_seq_len."""
     size = (num_parts(world_size) // world_size, shape.tokens_per_part)
     tokens = np.random.default_rng(seed).integers(0, vocab_size, size, dtype=np.int32)
-    cu_seqlens = np.full((size[0], shape.cu_seqlens_entries), size[1], np.int32)
-    cu_seqlens[:, 0] = 0
+    starts = np.arange(shape.cu_seqlens_entries, dtype=np.int32) * shape.max_seq_len
+    starts = starts.clip(max=size[1])
+    starts[-1] = size[1]
+    cu_seqlens = np.tile(starts, (size[0], 1))
     rows = [
         np.zeros(size, np.int32) if table else None
         for table in (config.model.bigram_rows, config.model.sign_rows)
@@ -198,7 +200,7 @@ def to_micro_batches(batch: StepBatch, config: Config, device: torch.device) -> 
     group = min(config.micro_batch_parts, num_parts)
 
     def tensor(array: np.ndarray | None, dtype: torch.dtype = torch.int32) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(device, dtype)
+        return None if array is None else to_device(torch.from_numpy(array), device).to(dtype)
 
     micro_batches = []
     for begin in range(0, num_parts, group):

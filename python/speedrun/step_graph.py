@@ -1,4 +1,5 @@
-"""What lets the optimizer's step run as a CUDA graph: its numbers on the device, and the graphs."""
+"""What lets a step's launches run as CUDA graphs: the optimizer's numbers on the device, and the
+graphs."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ class StepNumbers:
 
 
 class StepGraphs:
-    """CUDA graphs of a step's work, one for each kind of step.
+    """CUDA graphs of some work, one for each kind of it.
 
-    A kind's first step runs as it is, which leaves everything compiled and allocated; its second is
-    captured. Opt-in: not yet run on hardware.
+    A kind's first run is as it is, which leaves everything compiled and allocated; its second is
+    captured. All graphs use the same memory, one after the other, so nothing that a graph allocates
+    may be read behind another one. Opt-in: not yet run on hardware.
     """
 
     def __init__(self) -> None:
@@ -46,13 +48,15 @@ class StepGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, kind: Hashable, work: Callable[[], None]) -> None:
-        """Do the work of a step of this kind. It must touch the same tensors each time."""
+        """Do work of this kind. It must touch the same tensors each time."""
         if kind not in self.graphs:
             self.graphs[kind] = None
             work()
             return
         if self.graphs[kind] is None:
             self.graphs[kind] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[kind], pool=self.pool):
+            # Loader, watchdog and checkpoints may call CUDA in their threads meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(self.graphs[kind], self.pool, capture_error_mode=mode):
                 work()
         self.graphs[kind].replay()

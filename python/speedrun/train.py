@@ -21,9 +21,9 @@ from torch import Tensor
 from speedrun import hardware, recipes
 from speedrun.autosave import Checkpoints, Start, describe, find_start
 from speedrun.baseline_model import BaselineGPT
-from speedrun.batch import LossWeights, MicroBatch
+from speedrun.batch import MicroBatch
 from speedrun.comms import Comms
-from speedrun.config import GRADIENT_DIVISOR, BaselineConfig, Config, ConfigError
+from speedrun.config import BaselineConfig, Config, ConfigError
 from speedrun.config_check import check
 from speedrun.data import StepBatch
 from speedrun.estimate import Precision
@@ -34,8 +34,10 @@ from speedrun.model import GPT
 from speedrun.ops import backends_used
 from speedrun.ops._dispatch import decide
 from speedrun.ops.attention import attention_backends
+from speedrun.ops.softcap_ce import NO_TARGET
 from speedrun.optim import Optimizer
 from speedrun.overrides import apply_overrides
+from speedrun.passes import PassGraphs, forward_backward
 from speedrun.peers import connect
 from speedrun.plot import plot_loss
 from speedrun.prefix_table import build_prefix_table
@@ -69,7 +71,10 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
     model = build_model(config, run, args.seed)
     model.compile(choose_compile(args.compile, run))
     optimizer = Optimizer(model.named_parameters(), config.optim, run.comms, model.named_buffers)
-    warm_up(model, optimizer, schedule, config, data, run)
+    graphs = None
+    if config.cuda_graph and run.device.type == "cuda":
+        graphs = PassGraphs(model, optimizer)
+    warm_up(model, optimizer, schedule, config, data, run, tokenizer, graphs)
     log.kernels(backends_used(), attention_backends())
     origin = Origin(to_argv(args), data.format, precision)
     guard = Guard(config, model, run.comms, log, origin, watchdog)
@@ -96,7 +101,7 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
                 break
             batch = loader.next_step()
             batches = to_micro_batches(batch, config, run.device)
-            inputs = (model, optimizer, batches, plan, prefix_table)
+            inputs = (model, optimizer, batches, plan, prefix_table, graphs)
             position = batch.position
             loss, is_good = guard.run(plan, batch, functools.partial(forward_backward, *inputs))
             if is_good:
@@ -248,9 +253,15 @@ def warm_up(
     config: Config,
     data: DataSource,
     run: Run,
+    tokenizer: Tokenizer | None,
+    graphs: PassGraphs | None,
 ) -> None:
     """Run every shape once on made-up tokens, before the clock; then put all state back."""
     snapshot = optimizer.snapshot()
+    prefix_table = None
+    if tokenizer is not None:  # the real one is made when the clock runs
+        size = config.model.padded_vocab_size
+        prefix_table = torch.full((size,), NO_TARGET, device=run.device)
     shapes = batch_shapes(config, schedule, run.comms.world_size)
     for i, (shape, start) in enumerate(zip(shapes, schedule.starts, strict=True)):
         made_up = made_up_batch(config, shape, data.format.vocab_size, run.comms.world_size, seed=i)
@@ -258,7 +269,7 @@ def warm_up(
         plan = schedule.plan(start)
         for step in range(config.schedule.adam_interval):
             due = step == config.schedule.adam_interval - 1
-            forward_backward(model, optimizer, batches, plan)
+            forward_backward(model, optimizer, batches, plan, prefix_table, graphs)
             optimizer.step(dataclasses.replace(plan, step=step, adam=due))
         evaluate(model, batches, plan.windows, run.comms)
     optimizer.restore(snapshot)
@@ -290,32 +301,6 @@ def load_prefix_table(tokenizer: Tokenizer | None, config: Config, run: Run) -> 
         return None
     table = build_prefix_table(tokenizer, config.model.padded_vocab_size)
     return torch.from_numpy(table).to(run.device)
-
-
-def forward_backward(
-    model: GPT,
-    optimizer: Optimizer | None,
-    micro_batches: list[MicroBatch],
-    plan: StepPlan,
-    prefix_table: Tensor | None = None,
-) -> Tensor:
-    """Gradients of the step's summed loss / 8 added to `.grad`; returns this rank's summed loss.
-
-    Whatever the number of ranks, the sum over them is the gradient of all positions / 8.
-    The optimizer, where there is one, learns which rows of the bigram table have one.
-    """
-    model.refresh_fp8(plan.fp8_down_own_amax)
-    prefix_weight = 0.0 if prefix_table is None else plan.prefix_weight
-    weights = LossWeights(plan.multi_token_weights, prefix_weight, prefix_table)
-    total = torch.zeros((), device=model.embed.device)
-    for batch in micro_batches:
-        windows = model.plan_windows(batch, plan.windows)
-        loss = model.training_loss(batch, windows, weights)
-        (loss / GRADIENT_DIVISOR).backward()
-        if optimizer is not None and batch.bigram_rows_PT is not None:
-            optimizer.touched("bigram_embed", model.table_rows(batch)[0])
-        total += loss.detach()
-    return total
 
 
 def finish(config: Config, data: DataSource, log: RunLog) -> None:

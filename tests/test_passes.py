@@ -1,0 +1,129 @@
+"""Forward and backward passes as graphs: launches once recorded do the work of every later pass."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from numerics import assert_same_bits
+from recorded_graphs import RecordedGraphs
+from speedrun.comms import Comms
+from speedrun.config import AdamRow, AttentionConfig, HeadConfig, LayerSpec, Stage
+from speedrun.model import GPT
+from speedrun.nonfinite import find
+from speedrun.optim import Optimizer
+from speedrun.passes import PassGraphs, forward_backward
+from speedrun.schedule import Schedule
+from train_helpers import make_batch, small_config
+
+BASE = small_config()
+# Every role of a layer, and every technique that a pass computes.
+MODEL = dataclasses.replace(
+    BASE.model,
+    layers=LayerSpec.parse_many("short+paired+ve+xsa+save,long+ve+gated+dc+mudd+shared+skip+post"),
+    smear=True,
+    key_offset=True,
+    gates="network",
+    residual_lambdas=True,
+    attention_lambdas=True,
+    attention=AttentionConfig(qkv="fp8", out="fp8", x_scale="static"),
+    head=HeadConfig(fp8=True),
+)
+# Weights that change in each step, a window that grows, other shapes behind that.
+SCHEDULE = dataclasses.replace(
+    BASE.schedule,
+    num_steps=8,
+    adam_interval=2,
+    stages=(
+        Stage(512, 16, 3, 7, multi_token_weights=((1, 1), (0.5, 0.1)), prefix_weight=(0.3, 0.2)),
+        Stage(1024, 24, 4, 14),
+    ),
+    extension_steps=0,
+    extension=None,
+    untie_frac=0.4,
+    yarn=True,
+    fp8_down_own_amax_steps=2,
+)
+TABLE = torch.arange(-1, MODEL.padded_vocab_size - 1)
+STARTS = {0: [[0, 5, 6, 19, 32], [0, 16, 17, 30, 32]], 1: [[0, 24, 25, 47, 64], [0, 3, 20, 44, 64]]}
+
+
+def model_and_optimizer(fp8, sparse):
+    model = GPT(MODEL, torch.bfloat16 if fp8 else torch.float32, fp8)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("bank", "embed", "lm_head")):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    names = {row.name for row in (*BASE.optim.muon_table, *BASE.optim.adam_table)}
+    others = [AdamRow(n, 0.9, 0.95) for n, _ in model.named_parameters() if n not in names]
+    table = [
+        dataclasses.replace(row, sparse=sparse and row.name == "bigram_embed")
+        for row in BASE.optim.adam_table
+    ]
+    optim = dataclasses.replace(
+        BASE.optim, adam_table=(*table, *others), sparse_rows_threshold=int(sparse)
+    )
+    optimizer = Optimizer(model.named_parameters(), optim, Comms(), model.named_buffers)
+    return model, optimizer
+
+
+def batches_of(plan):
+    """Two micro-batches, in documents of their own."""
+    for i, starts in enumerate(STARTS[plan.stage]):
+        batch = make_batch(MODEL, 1, starts, seed=10 * plan.step + i)
+        yield dataclasses.replace(batch, max_seqlen=24 if plan.stage else 16)
+
+
+def train(fp8, sparse, graphs=None):
+    """Losses of each step, and the state behind the last one."""
+    model, optimizer = model_and_optimizer(fp8, sparse)
+    passes = None if graphs is None else PassGraphs(model, optimizer, graphs)
+    losses = []
+    for plan in Schedule(SCHEDULE):
+        if not plan.last:
+            batches = list(batches_of(plan))
+            losses.append(forward_backward(model, optimizer, batches, plan, TABLE, passes))
+            optimizer.step(plan)
+    return losses, optimizer.snapshot()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
+def test_replayed_passes_are_the_passes(fp8, sparse):
+    """Bit for bit, over two stages: a replay finds the new batch, weights of the loss, FP8 copies
+    and scales where the old ones were, and leaves gradients and scales where they belong."""
+    graphs = RecordedGraphs()
+    losses, state = train(fp8, sparse)
+    replayed_losses, replayed_state = train(fp8, sparse, graphs)
+    assert len(graphs.graphs) == 2  # a stage
+    assert len(graphs.replayed) == 2 * SCHEDULE.num_steps - 2
+    assert [x.item() for x in replayed_losses] == [x.item() for x in losses]
+    for found, expected in zip(replayed_state, state, strict=True):
+        assert_same_bits(found, expected)
+
+
+def test_who_watches_operators_sees_a_pass():
+    """A replay would show none: the step is run launch by launch."""
+    model, optimizer = model_and_optimizer(fp8=False, sparse=False)
+    graphs = PassGraphs(model, optimizer, RecordedGraphs())
+    plan = Schedule(SCHEDULE).plan(0)
+    inputs = (model, optimizer, list(batches_of(plan)), plan, TABLE, graphs)
+    forward_backward(*inputs)
+    assert graphs.graphs.replayed
+    with torch.no_grad():
+        model.w_smear[0] = float("nan")
+    found = find(model, lambda: forward_backward(*inputs))
+    assert found.first == "parameter w_smear (12,) float32 has NaN"
+    assert found.rows[0].part == "embedding" and math.isnan(found.rows[0].largest)
+
+
+def test_a_document_longer_than_the_plan_says():
+    model, optimizer = model_and_optimizer(fp8=False, sparse=False)
+    graphs = PassGraphs(model, optimizer, RecordedGraphs())
+    plan = Schedule(SCHEDULE).plan(0)
+    batch = dataclasses.replace(next(batches_of(plan)), max_seqlen=17)
+    with pytest.raises(ValueError, match=r"a document of 17 tokens, .* max_seq_len=16"):
+        forward_backward(model, optimizer, [batch], plan, None, graphs)
