@@ -9,7 +9,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from speedrun import __version__, commands
+from speedrun import __version__, _stdout, commands
 
 
 def verbs() -> dict[str, str]:
@@ -22,7 +22,18 @@ def verbs() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    """The exit code. Quietly EXIT_NO_READER where nobody reads the output any more."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:  # argparse leaves after its help, too
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _stdout.discard()
+        return _stdout.EXIT_NO_READER
+
+
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="speedrun",
         description="The NanoGPT speedrun as a package.",

@@ -54,6 +54,8 @@ def _as_fetch_errors(folder: Path) -> Iterator[None]:
         yield
     except DataError as error:
         raise FetchError(str(error)) from error
+    except BrokenPipeError:  # of stdout: for cli
+        raise
     except OSError as error:
         raise FetchError(
             f"{error.filename or folder}: {error.strerror or error}; what came so far is kept, "

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 import speedrun
-from speedrun import hardware
+from speedrun import _stdout, hardware
 from speedrun.comms import Comms
 from speedrun.config import Config, to_dict
 from speedrun.schedule import StepPlan
@@ -253,7 +254,7 @@ class RunLog:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._last_shown_s > CONSOLE_INTERVAL_S:
             left_s = train_time_s / step * (self.total_steps - step)
-            print(f"{line} {tokens_per_s:,.0f} tokens/s, {left_s:.0f} s left", flush=True)
+            self._print(f"{line} {tokens_per_s:,.0f} tokens/s, {left_s:.0f} s left")
             self._last_shown_s = time.monotonic()
 
     def close(self) -> None:
@@ -280,7 +281,18 @@ class RunLog:
         if self._bar:
             self._bar.write(line, file=sys.stdout)
         else:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        """Where nobody reads it any more, the run stops as by SIGTERM, so that it is saved."""
+        try:
             print(line, flush=True)
+        except BrokenPipeError:
+            _stdout.discard()
+            reason = "nobody reads the output any more (broken pipe): as by SIGTERM"
+            self._write(reason)
+            print(f"speedrun: {reason}", file=sys.stderr, flush=True)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _whole_lines(path: Path) -> TextIO:

@@ -67,14 +67,15 @@ def run(args: argparse.Namespace) -> int:
         indent=1,
         ensure_ascii=False,
     )
-    try:
-        if to_stdout:
-            print(content)
-        elif args.json:
+    if to_stdout:
+        print(content)
+    elif args.json:
+        try:
             args.json.write_text(content + "\n", encoding="utf-8")
-    except OSError as error:
-        print(f"speedrun doctor: {args.json}: can't be written ({error.strerror})", file=sys.stderr)
-        return 2
+        except OSError as error:
+            reason = f"can't be written ({error.strerror})"
+            print(f"speedrun doctor: {args.json}: {reason}", file=sys.stderr)
+            return 2
     return int(any(finding.status == "fail" for finding in findings))
 
 

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         results = measure(args)
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except BrokenPipeError:  # of stdout: for cli
+        raise
     except OSError as error:
         print(f"speedrun eval: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
