@@ -22,7 +22,7 @@ def no_reader(buffered=True):
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open(write_end, "w") as stdout, contextlib.redirect_stdout(stdout):
-        stdout.reconfigure(write_through=not buffered)
+        stdout.reconfigure(line_buffering=not buffered)
         yield
 
 
