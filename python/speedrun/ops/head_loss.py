@@ -15,6 +15,8 @@ as that of the plain sum of losses, in the forward pass; what backward brings, g
 dX's row t is multiplied by g[t], and for dW row t of x by g[t]/max|g|, which is 1 where losses are
 weighed alike. So the FP8 numbers don't depend on such a factor: the public program's grad_scale is
 one.
+
+form="fused", with FP8 only, has no logits in memory: ops/_fused_head_loss.py.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speedrun.ops._fused_head_loss import fused_head_loss
 from speedrun.ops._library import define
 from speedrun.ops.fp8_matmul import fp8_matmul, fp8_matmul_add_
 from speedrun.ops.fp8_quantize import fp8_quantize
@@ -36,6 +39,7 @@ from speedrun.reference.fp8_quantize import MIN_AMAX, max_abs
 from speedrun.reference.softcap_ce import Loss
 
 E4M3 = torch.float8_e4m3fn
+FORMS = ("logits", "fused")
 
 
 class Fp8Head(NamedTuple):
@@ -90,6 +94,7 @@ def head_loss(
     round_sigmoid: bool = False,
     fp8: Fp8Head | None = None,
     dw_sum_DV: Tensor | None = None,
+    form: str = "logits",
 ) -> Tensor:
     """(T,) loss `softcap_ce` of x·W, float32 (of float64: float64); differentiable in x and W.
 
@@ -97,8 +102,10 @@ def head_loss(
     for `softcap_ce`, which is also its source.
     With `fp8`, the copies of this `w_DV`, both are bf16. `dw_sum_DV`, only with `fp8` and outside
     compiled code: a float32 buffer to which backward adds dW, unrounded, instead of giving W a
-    gradient, for all micro-batches and steps between two updates. TypeError for another type,
-    ValueError for another shape, RuntimeError in compiled code.
+    gradient, for all micro-batches and steps between two updates. `form`: "logits", or with `fp8`
+    "fused", which keeps no logits in memory and has targets in bf16 (a at most 32, neither
+    count_missing_targets nor round_sigmoid). TypeError for another type, ValueError for another
+    shape or form, RuntimeError in compiled code.
     """
     check("head_loss", "x_TD", x_TD, targets_TN, weights_N, prefix_targets_T, prefix_weight)
     if w_DV.dtype != x_TD.dtype or (fp8 is not None and x_TD.dtype != torch.bfloat16):
@@ -113,6 +120,11 @@ def head_loss(
         )
     if fp8 is None and dw_sum_DV is not None:
         raise ValueError("head_loss: dw_sum_DV is of the FP8 head: give fp8 too, or neither")
+    if form not in FORMS or (form == "fused" and fp8 is None):
+        raise ValueError(
+            f'head_loss: form={form!r}: must be "logits", or "fused", which is of the FP8 head and '
+            "needs fp8"
+        )
     if fp8 is None and x_TD.shape[0] <= rows_at_once(w_DV.shape[1], w_DV.device):
         return softcap_ce(
             x_TD @ w_DV,
@@ -137,6 +149,8 @@ def head_loss(
             )
         if dw_sum_DV is not None:
             _check_dw_sum(dw_sum_DV, w_DV)
+        if form == "fused":
+            return fused_head_loss(x_TD, w_DV, dw_sum_DV, fp8, loss)
         return _Fp8HeadLoss.apply(x_TD, w_DV, dw_sum_DV, *fp8, *loss)
     if torch.is_grad_enabled() and (x_TD.requires_grad or w_DV.requires_grad):
         return _ChunkedHeadLoss.apply(x_TD, w_DV, *loss)
