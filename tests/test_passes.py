@@ -8,6 +8,7 @@ import torch
 
 from numerics import assert_same_bits
 from recorded_graphs import RecordedGraphs
+from speedrun.batch import MicroBatch
 from speedrun.comms import Comms
 from speedrun.config import AdamRow, AttentionConfig, HeadConfig, LayerSpec, Stage
 from speedrun.model import GPT
@@ -15,8 +16,10 @@ from speedrun.nonfinite import find
 from speedrun.optim import Optimizer
 from speedrun.passes import PassGraphs, forward_backward
 from speedrun.schedule import Schedule
+from speedrun.step_graph import StepGraphs
 from train_helpers import make_batch, small_config
 
+CPU = torch.device("cpu")
 BASE = small_config()
 # Every role of a layer, and every technique that a pass computes.
 MODEL = dataclasses.replace(
@@ -49,14 +52,15 @@ TABLE = torch.arange(-1, MODEL.padded_vocab_size - 1)
 STARTS = {0: [[0, 5, 6, 19, 32], [0, 16, 17, 30, 32]], 1: [[0, 24, 25, 47, 64], [0, 3, 20, 44, 64]]}
 
 
-def model_and_optimizer(fp8, sparse):
-    model = GPT(MODEL, torch.bfloat16 if fp8 else torch.float32, fp8)
+def model_and_optimizer(fp8, sparse, config=MODEL, device=CPU):
+    model = GPT(config, torch.bfloat16 if fp8 else torch.float32, fp8)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith(("bank", "embed", "lm_head")):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.to(device)
     names = {row.name for row in (*BASE.optim.muon_table, *BASE.optim.adam_table)}
     others = [AdamRow(n, 0.9, 0.95) for n, _ in model.named_parameters() if n not in names]
     table = [
@@ -70,22 +74,25 @@ def model_and_optimizer(fp8, sparse):
     return model, optimizer
 
 
-def batches_of(plan):
+def batches_of(plan, config=MODEL, device=CPU):
     """Two micro-batches, in documents of their own."""
     for i, starts in enumerate(STARTS[plan.stage]):
-        batch = make_batch(MODEL, 1, starts, seed=10 * plan.step + i)
-        yield dataclasses.replace(batch, max_seqlen=24 if plan.stage else 16)
+        batch = make_batch(config, 1, starts, seed=10 * plan.step + i)
+        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        values |= {n: t.to(device) for n, t in values.items() if isinstance(t, torch.Tensor)}
+        yield MicroBatch(**values | {"max_seqlen": 24 if plan.stage else 16})
 
 
-def train(fp8, sparse, graphs=None):
+def train(fp8, sparse, graphs=None, config=MODEL, device=CPU):
     """Losses of each step, and the state behind the last one."""
-    model, optimizer = model_and_optimizer(fp8, sparse)
+    model, optimizer = model_and_optimizer(fp8, sparse, config, device)
+    table = TABLE.to(device)
     passes = None if graphs is None else PassGraphs(model, optimizer, graphs)
     losses = []
     for plan in Schedule(SCHEDULE):
         if not plan.last:
-            batches = list(batches_of(plan))
-            losses.append(forward_backward(model, optimizer, batches, plan, TABLE, passes))
+            batches = list(batches_of(plan, config, device))
+            losses.append(forward_backward(model, optimizer, batches, plan, table, passes))
             optimizer.step(plan)
     return losses, optimizer.snapshot()
 
@@ -103,6 +110,23 @@ def test_replayed_passes_are_the_passes(fp8, sparse):
     assert [x.item() for x in replayed_losses] == [x.item() for x in losses]
     for found, expected in zip(replayed_state, state, strict=True):
         assert_same_bits(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
+def test_cuda_graphs(fp8):
+    """The same on a GPU, of the kernels that serve there."""
+    if fp8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 here")
+    sizes = dict(model_dim=64, num_heads=4, head_dim=16, mlp_hidden=128, bigram_dim=16)
+    place = (dataclasses.replace(MODEL, **sizes), torch.device("cuda"))
+    graphs = StepGraphs("cuda_graph")
+    losses, state = train(fp8, True, None, *place)
+    replayed_losses, replayed_state = train(fp8, True, graphs, *place)
+    assert len(graphs.graphs) == 2 and all(graphs.graphs.values())
+    assert [x.item() for x in replayed_losses] == [x.item() for x in losses]
+    for found, expected in zip(replayed_state, state, strict=True):
+        assert_same_bits(found.cpu(), expected.cpu())
 
 
 def test_who_watches_operators_sees_a_pass():

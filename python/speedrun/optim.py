@@ -302,7 +302,7 @@ class Optimizer:
         self.numbers = StepNumbers(self.rules.values(), device)
         self.graphs = None
         if config.cuda_graph and device.type == "cuda":
-            self.graphs = StepGraphs()
+            self.graphs = StepGraphs("optim.cuda_graph")
         self.keeps_gradients = self.graphs is not None
 
     def keep_gradients(self) -> None:

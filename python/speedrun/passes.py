@@ -94,7 +94,7 @@ class PassGraphs:
         self, model: GPT | BaselineGPT, optimizer: Optimizer, graphs: StepGraphs | None = None
     ) -> None:
         self.model = model
-        self.graphs = graphs or StepGraphs()
+        self.graphs = graphs or StepGraphs("cuda_graph")
         self.inputs: dict[Hashable, Inputs] = {}
         self.fp8_weights: dict[str, Any] = {}
         self.total = torch.zeros((), device=model.embed.device)

@@ -43,7 +43,8 @@ class StepGraphs:
     may be read behind another one. Opt-in: not yet run on hardware.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, setting: str) -> None:
+        self.setting = setting  # the config's, that asks for them
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -57,6 +58,14 @@ class StepGraphs:
             self.graphs[kind] = torch.cuda.CUDAGraph()
             # Loader, watchdog and checkpoints may call CUDA in their threads meanwhile.
             mode = "thread_local"
-            with torch.cuda.graph(self.graphs[kind], self.pool, capture_error_mode=mode):
-                work()
+            try:
+                with torch.cuda.graph(self.graphs[kind], self.pool, capture_error_mode=mode):
+                    work()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"these launches can't be captured as a CUDA graph ({error}); go on without: "
+                    f"--set {self.setting}=false"
+                ) from error
         self.graphs[kind].replay()
