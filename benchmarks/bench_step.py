@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_step [--recipe NAME] [--data DIR] [--set KEY=VALUE] [--compile HOW]
                                     [--rounds N] [--timelines DIR] [--json FILE]
-                                    [--peer FOLDER [--steps-a-round N]]
+                                    [--peer FOLDER [--steps-a-round N] [--out DIR]]
 
 Runs the training program itself on a short schedule with all its stages, and watches it
 (step_probe.py says how). Tokens: the shards of --data, again and again if there are few; else
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench, report
+from benchmarks import bench, report, side_by_side
 from benchmarks.bench import Timing
 from benchmarks.step_probe import Figures, Probe, stage_steps
 from benchmarks.training_check import write_made_up_shards
@@ -36,6 +36,7 @@ from speedrun.data import DataError
 from speedrun.estimate import FP8_BYTES, Precision, meta_model
 from speedrun.optim import placements
 from speedrun.overrides import apply_overrides
+from speedrun.record_logs import LogError
 from speedrun.roofline import matrix_flops
 from speedrun.runlog import RunError
 from speedrun.schedule import Schedule, StepPlan
@@ -236,6 +237,25 @@ def show_stages(args: argparse.Namespace, facts: dict) -> dict:
     return facts | {"rows": [row.as_json() for row in rows]}
 
 
+def show_comparison(args: argparse.Namespace, facts: dict) -> dict:
+    config = apply_overrides(recipes.load(args.recipe), args.set)
+    options = [f"--recipe={args.recipe}", f"--device={args.device}", f"--compile={args.compile}"]
+    options += [f"--set={change}" for change in args.set]
+    folder = args.out or Path(tempfile.mkdtemp(prefix="bench_step_"))
+    print(f"outputs of both programs in {folder}", flush=True)
+    sizes = (args.rounds, args.steps_a_round)
+    found = side_by_side.compare(folder, args.peer, args.data, config, *sizes, options)
+    print(report.markdown_table(side_by_side.COMPARISON_HEADER, found.cells()))
+    for name in ("ours", "peer"):
+        peak = found.peak_mib[name]
+        memory = "" if peak is None else f", {peak:,} MiB of memory at most"
+        print(f"{name}: {found.start_s[name]:.1f} s from the command to the first step{memory}")
+    print("What is changed of the peer's run, of which no file is touched:")
+    for change in found.changes:
+        print(f"  {change}")
+    return facts | {"comparison": dataclasses.asdict(found)}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.bench_step", description=(__doc__ or "").splitlines()[0]
@@ -245,6 +265,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of token shards")
     parser.add_argument("--compile", default="auto", help="as of speedrun train (auto)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each stage (5)")
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="modded-nanogpt's, beside ours")
+    parser.add_argument(
+        "--steps-a-round", type=int, default=4, metavar="N", help="with --peer, an even number (4)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --peer: for both outputs")
     parser.add_argument("--timelines", type=Path, metavar="DIR", help="keep chrome traces there")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument(
@@ -253,6 +278,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1")
+    if args.peer is not None and args.data is None:
+        parser.error("--peer: needs --data DIR, a folder of real tokens with gpt2.tiktoken")
+    if args.steps_a_round < 2 or args.steps_a_round % 2:
+        parser.error(
+            f"--steps-a-round {args.steps_a_round}: an even number, since Adam updates every other"
+        )
     return args
 
 
@@ -261,8 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = report.environment() | {"recipe": args.recipe, "changes": args.set}
     facts |= {"data": "real" if args.data else "made up", "compile": args.compile}
     try:
-        content = show_stages(args, facts)
-    except (ConfigError, DataError, RunError) as problem:
+        content = show_comparison(args, facts) if args.peer else show_stages(args, facts)
+    except (ConfigError, DataError, RunError, LogError) as problem:
         print(f"bench_step: {problem}", file=sys.stderr)
         return 1
     print(f"\n{args.recipe} on {facts['gpu']}, torch {facts['torch']}, commit {facts['commit']}")

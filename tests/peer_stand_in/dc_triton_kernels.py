@@ -1,0 +1,1 @@
+"""Stands where the peer has its other kernels."""
