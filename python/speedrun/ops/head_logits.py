@@ -182,7 +182,8 @@ def _empty_logits(x: Tensor, w: Tensor, *arguments) -> tuple[Tensor, Tensor, Ten
 
 def _head_logits(x: Tensor, w: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows_at_once(w.shape[0], w.device)
-    return tuple(reference.head_logits(x, w, *arguments, rows=rows))
+    sums, g, g_t = reference.head_logits(x, w, *arguments, rows=rows)
+    return sums, g, g_t
 
 
 def _empty_terms(sums: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
