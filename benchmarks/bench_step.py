@@ -241,7 +241,9 @@ def show_comparison(args: argparse.Namespace, facts: dict) -> dict:
     config = apply_overrides(recipes.load(args.recipe), args.set)
     options = [f"--recipe={args.recipe}", f"--device={args.device}", f"--compile={args.compile}"]
     options += [f"--set={change}" for change in args.set]
-    folder = args.out or Path(tempfile.mkdtemp(prefix="bench_step_"))
+    folder = Path(args.out or tempfile.mkdtemp(prefix="bench_step_")).resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out {folder}: isn't empty; name another folder")
     print(f"outputs of both programs in {folder}", flush=True)
     sizes = (args.rounds, args.steps_a_round)
     found = side_by_side.compare(folder, args.peer, args.data, config, *sizes, options)

@@ -10,20 +10,24 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_step, peer_program, side_by_side
+from benchmarks import bench_step, loss_parity, peer_program, side_by_side
 from benchmarks.peer_weights import PeerWeightsError, our_weights
 from benchmarks.side_by_side import Comparison, ShortSchedule
 from numerics import assert_same_bits
 from speedrun import recipes
+from speedrun.config import ConfigError
 from speedrun.data import BYTES, find_shards
 from speedrun.model import GPT
 from speedrun.ops import _attention_backends as attention_backends
 from speedrun.overrides import apply_overrides
+from speedrun.passes import forward_backward
 from speedrun.record_logs import LoggedRun, Validation
 from speedrun.reference._blocks import block_mask
 from speedrun.reference.attention import attention as reference
 from speedrun.runlog import RunError
+from speedrun.schedule import Schedule
 from speedrun.shards import write_splits
+from speedrun.sources import shards_of, to_micro_batches, training_loader
 from train_helpers import normal
 
 STAND_IN = Path(__file__).parent / "peer_stand_in"
@@ -153,7 +157,7 @@ def test_both_schedules_are_one(interval):
         fields["num_extension_iterations"],
     )
     ends = [round(sum(durations[: i + 1]) * schedule.num_steps) for i in range(3)]
-    found = bench_step.Schedule(schedule)
+    found = Schedule(schedule)
     assert found.ends == [*ends, 112] and found.split_step == ends[1] | 1
     validated = [plan.step for plan in found if plan.validate]
     assert validated == list(range(0, 113, fields["val_loss_every"]))
@@ -224,6 +228,73 @@ def test_attention_of_the_peer():
     expected_grads = torch.autograd.grad(expected, exact, dout)
     for one, other in zip((found, *grads), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02)
+
+
+# ---- Parity of losses ------------------------------------------------------------------------
+
+
+def test_differences_by_stage():
+    """Of two seeds, in a stage of two steps and one of four."""
+    losses = {
+        ("peer", 0): [5.0, 4.0, 3.0, 3.0, 3.0, 3.0],
+        ("ours", 0): [5.5, 3.75, 3.0, 3.0, 3.0, 4.0],
+        ("peer", 1): [6.0, 4.0, 3.0, 3.0, 3.0, 3.0],
+        ("ours", 1): [6.0, 4.25, 3.0, 3.0, 3.0, 3.0],
+    }
+    schedule = ShortSchedule((2, 4), 2)
+    first, last = loss_parity.differences(losses, schedule)
+    assert (first.stage, first.signed, first.absolute, first.largest) == ("1", 0.125, 0.25, 0.5)
+    assert first.between_seeds == {"peer": 0.5, "ours": 0.5}
+    assert (last.stage, last.signed, last.largest) == ("extension", 0.125, 1.0)
+    assert last.between_seeds == {"peer": 0.0, "ours": 0.25}
+    alone = {run: values for run, values in losses.items() if run[1] == 0}
+    assert loss_parity.differences(alone, schedule)[0].cells()[-2:] == ("-", "-")
+    with pytest.raises(RunError, match="ours, seed 1: 5 training losses in its log, not 6"):
+        loss_parity.differences(losses | {("ours", 1): [1.0] * 5}, schedule)
+
+
+def test_settings_of_other_runs_are_refused(tmp_path):
+    loss_parity.same_settings(tmp_path / "out", {"steps": [2], "set": []})
+    loss_parity.same_settings(tmp_path / "out", {"steps": [2], "set": []})
+    with pytest.raises(ConfigError, match="holds runs of other steps; name another folder"):
+        loss_parity.same_settings(tmp_path / "out", {"steps": [4], "set": []})
+
+
+@pytest.mark.slow
+def test_parity_with_the_stand_in(tmp_path, capsys):
+    """Ours starts from the peer's weights, of each seed; what is there isn't run again."""
+    write_letters(tmp_path / "letters")
+    out = tmp_path / "out"
+    args = [f"--peer={STAND_IN}", f"--data={tmp_path / 'letters'}", f"--out={out}", "--device=cpu"]
+    args += ["--steps=4,2,2,2", "--seeds=2", f"--json={tmp_path / 'parity.json'}"]
+    args += [f"--set={word}" for word in record_words()]
+    assert loss_parity.main(args) == 0
+    found = json.loads((tmp_path / "parity.json").read_text())
+    assert [stage["stage"] for stage in found["stages"]] == ["1", "2", "3", "extension"]
+    assert {len(losses) for losses in found["losses"].values()} == {10}
+    assert found["losses"]["peer, seed 0"] != found["losses"]["peer, seed 1"]
+    assert (out / "loss_parity.png").stat().st_size > 10_000
+    weights = [torch.load(out / f"seed_{i}_weights.pt", weights_only=True) for i in range(2)]
+    assert not torch.equal(weights[0]["qk_bank"], weights[1]["qk_bank"])
+    # Our first loss is that of a model with these weights.
+    config = apply_overrides(record(), ShortSchedule((4, 2, 2, 2), 2).our_words(record()))
+    model = GPT(dataclasses.replace(config.model, vocab_size=257))
+    model.load_state_dict(our_weights(weights[0], model.state_dict()))
+    expected = found["losses"]["ours, seed 0"][0]
+    folder = out / "tokens" / "data" / "fineweb10B"
+    assert first_loss(model, config, folder) == pytest.approx(expected, rel=1e-5)
+    capsys.readouterr()
+    assert loss_parity.main(args) == 0
+    assert "seed 0, in" not in capsys.readouterr().out
+
+
+def first_loss(model, config, folder):
+    """Mean training loss of step 0."""
+    schedule = Schedule(config.schedule)
+    plan, data = schedule.plan(0), shards_of(folder, config)
+    with training_loader(config, data, schedule, 0, 1) as loader:
+        batches = to_micro_batches(loader.next_step(), config, torch.device("cpu"))
+    return forward_backward(model, None, batches, plan).item() / plan.tokens_per_step
 
 
 # ---- Weights ---------------------------------------------------------------------------------
