@@ -1,4 +1,4 @@
-"""Timing of functions against each other.
+"""Timing of functions against each other, and the memory that they take.
 
 On a GPU: CUDA events, in four modes. Cold: the L2 cache is overwritten before every sample, as in
 training, where a kernel's input comes from memory. Warm: calls one after another; flatters small
@@ -8,6 +8,8 @@ one mode, called cpu.
 
 Functions are interleaved, one sample of each in turn, so that a clock that drifts hits all alike.
 All samples are kept; the figures are the median and the interquartile range.
+
+Peak: what is allocated at most, by the allocator's counters on a GPU, by the profiler's on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -121,6 +123,30 @@ def synchronize(device: torch.device) -> None:
     """Waits for the GPU, and raises what it has to complain about."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Of one call that has run before, beyond what was allocated at its start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - start
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        call()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return peak_of(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+
+
+def peak_of(changes: Iterable[int]) -> int:
+    """The largest sum of any of the first changes."""
+    total = peak = 0
+    for change in changes:
+        total += change
+        peak = max(peak, total)
+    return peak
 
 
 def roofs(device: torch.device) -> dict[str, float]:

@@ -36,6 +36,7 @@ from speedrun.ops.head_loss import head_loss, quantize_head
 from speedrun.optim import Optimizer
 from speedrun.reference import softcap_ce as reference
 from speedrun.reference._fp8 import FP8_MAX, to_fp8
+from speedrun.reference.head_logits import factor_scale
 from speedrun.reference.softcap_ce import Loss
 from speedrun.schedule import Schedule, scaled
 from speedrun.sources import model_for, open_data, to_micro_batches, training_loader
@@ -196,8 +197,7 @@ def fused(problem: Problem, causes: tuple[str, ...]) -> Result:
     targets_TV = dz_TV * at_targets_TV
     g_TV = (dz_TV - targets_TV) / rows_T1
     if OTHERS in causes:
-        s = 1 - 1 / a  # near where g is largest
-        g_scale = torch.tensor(s * (1 - s) / math.e / FP8_MAX[E5M2])
+        g_scale = torch.tensor(factor_scale(a), dtype=torch.float64)
         g_TV = to_fp8(g_TV, g_scale, E5M2).double() * g_scale
     rows_TD = x_TD * rows_T1
     if OPERANDS in causes:
@@ -247,7 +247,7 @@ class Form(NamedTuple):
     """One way to compute the head: by its causes, and as the package does."""
 
     emulated: Callable[[Problem, tuple[str, ...]], Result]
-    computed: Callable[[Problem], Result] | None
+    computed: Callable[[Problem], Result]
 
 
 def computed(**switches: object) -> Callable[[Problem], Result]:
@@ -257,7 +257,7 @@ def computed(**switches: object) -> Callable[[Problem], Result]:
 FORMS = {
     "logits in memory, as the record": Form(drop_in, computed(round_sigmoid=True)),
     "the same, σ not rounded": Form(partial(drop_in, round_sigmoid=False), computed()),
-    "no logits in memory": Form(fused, None),
+    "no logits in memory": Form(fused, computed(form="fused")),
 }
 
 
@@ -278,7 +278,7 @@ def table(problem: Problem) -> str:
     for name, form in FORMS.items():
         together = errors(form.emulated(problem, CAUSES), exact)
         alone = [errors(form.emulated(problem, (cause,)), exact) for cause in CAUSES]
-        found = errors(form.computed(problem), exact) if form.computed else [math.nan] * 3
+        found = errors(form.computed(problem), exact)
         for what, *parts, total, ours in zip(GRADIENTS, *alone, together, found, strict=True):
             rows.append((name, what, *map(percent, (*parts, math.hypot(*parts), total, ours))))
     bf16 = errors(differentiated(problem, torch.bfloat16), exact)
@@ -288,7 +288,7 @@ def table(problem: Problem) -> str:
 
 
 def percent(error: float) -> str:
-    return "" if math.isnan(error) else f"{100 * error:.2f}"
+    return f"{100 * error:.2f}"
 
 
 def magnitudes(problem: Problem) -> str:

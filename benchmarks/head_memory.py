@@ -4,17 +4,17 @@
 
 Peak: what is allocated at most beyond x and W, by the allocator's counters on a GPU, by the
 profiler's on a CPU. Forms: the plain expression, all logits at once and their gradient by autograd;
-`head_loss`, which takes rows in chunks where logits are many; with --fp8 `head_loss` in FP8.
+`head_loss`, which takes rows in chunks where logits are many; with --fp8 `head_loss` in FP8, with
+its logits in memory and without.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.profiler import profile
 
 from benchmarks import bench
 from benchmarks.report import markdown_table
@@ -24,29 +24,6 @@ from speedrun.reference import softcap_ce as reference
 
 SOFTCAP = (23.0, 5.0, 7.5)  # RECIPE section 3
 SHAPES = ("2048x128x272", "4096x128x272", "1024x768x50304")  # tiny's parts; the record's width
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Of one call that has run before, beyond what was allocated at its start."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - start
-    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return peak_of(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-
-
-def peak_of(changes: Iterable[int]) -> int:
-    """The largest sum of any of the first changes."""
-    total = peak = 0
-    for change in changes:
-        total += change
-        peak = max(peak, total)
-    return peak
 
 
 def forms(
@@ -68,7 +45,10 @@ def forms(
     }
     if fp8:
         head = quantize_head(w.detach())
-        found["head_loss in FP8"] = lambda: gradients(head_loss(x, w, *arguments, fp8=head))
+        for name, form in (("head_loss in FP8", "logits"), ("the same, no logits", "fused")):
+            found[name] = lambda form=form: gradients(
+                head_loss(x, w, *arguments, fp8=head, form=form)
+            )
     return found
 
 
@@ -90,7 +70,7 @@ def main() -> None:
         calls = forms(shape, getattr(torch, args.dtype), args.fp8, device)
         timings = bench.time_interleaved(calls, device, mode, args.repeats)
         for name, call in calls.items():
-            timing, peak = timings[name], peak_bytes(call, device)
+            timing, peak = timings[name], bench.peak_bytes(call, device)
             time_ms = f"{timing.median_us / 1e3:.2f} ± {timing.iqr_us / 1e3:.2f}"
             rows.append((text, name, time_ms, f"{peak / 1e6:.1f}"))
             print(*rows[-1], flush=True)

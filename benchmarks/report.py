@@ -17,7 +17,18 @@ from benchmarks.bench import Timing
 from speedrun.hardware import compute_capability, gpu_name, gpu_peaks
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADER = ("stem", "case", "name", "mode", "µs", "rate", "% of roof", "± IQR µs", "× others")
+HEADER = (
+    "stem",
+    "case",
+    "name",
+    "mode",
+    "µs",
+    "rate",
+    "% of roof",
+    "± IQR µs",
+    "peak MB",
+    "× others",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One function on one case. `roof_us`: the least time, by the rates measured in this run."""
+    """One function on one case. `roof_us`: the least time, by the rates measured in this run;
+    `peak_bytes`: allocated at most beyond the inputs, nan where a benchmark doesn't ask."""
 
     stem: str
     case: str
@@ -47,6 +59,7 @@ class Row:
     num_flops: float = 0
     roof_us: float = math.nan
     ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)  # other's time / ours
+    peak_bytes: float = math.nan
 
     @property
     def rate_per_s(self) -> float:
@@ -67,6 +80,7 @@ class Row:
             f"{rate:.1f} {'TFLOP/s' if self.num_flops else 'GB/s'}",
             "-" if math.isnan(self.roof_frac) else f"{100 * self.roof_frac:.0f} %",
             f"{self.timing.iqr_us:.1f}",
+            "-" if math.isnan(self.peak_bytes) else f"{self.peak_bytes / 1e6:.1f}",
             ", ".join(f"{ratio:.2f} {other}" for other, ratio in self.ratios.items()) or "-",
         )
 

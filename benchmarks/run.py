@@ -72,6 +72,7 @@ class Benchmark:
         default_factory=dict
     )
     reset: Callable[[], None] = lambda: None
+    peak: bool = False  # whether rows say how much memory a call takes
 
     def roof_us(self, roofs: Mapping[str, float]) -> float:
         """The least time: of the bytes by a copy, or of the products, whichever is more."""
@@ -137,7 +138,9 @@ def measure(
     roofs: Mapping[str, float],
 ) -> list[report.Row]:
     """One row a mode and function. A function that can't be captured has no rows of graphs."""
-    rows = []
+    rows, peaks = [], {}
+    if benchmark.peak:
+        peaks = {name: bench.peak_bytes(call, device) for name, call in functions.items()}
     for mode in bench.modes(device):
         timings = bench.time_interleaved(functions, device, mode, repeats)
         medians = {name: timing.median_us for name, timing in timings.items()}
@@ -152,6 +155,7 @@ def measure(
                 math.fsum(benchmark.num_flops.values()),
                 benchmark.roof_us(roofs),
                 {other: us / timing.median_us for other, us in medians.items() if other != name},
+                peaks.get(name, math.nan),
             )
             for name, timing in timings.items()
         ]

@@ -66,9 +66,9 @@ def test_roofs_are_measured():
 def test_a_row_has_rate_roof_and_ratios():
     timing = bench.Timing((500.0,))
     row = report.Row("s", "c", "cuda", "cold/graph", timing, 10**9, 0, 250.0, {"torch": 2.0})
-    assert row.cells()[4:] == ("500.0", "2000.0 GB/s", "50 %", "0.0", "2.00 torch")
-    row = report.Row("s", "c", "cuda", "cold/graph", timing, 1, num_flops=10**12)
-    assert row.cells()[5:7] == ("2000.0 TFLOP/s", "-")
+    assert row.cells()[4:] == ("500.0", "2000.0 GB/s", "50 %", "0.0", "-", "2.00 torch")
+    row = report.Row("s", "c", "cuda", "cold/graph", timing, 1, num_flops=10**12, peak_bytes=2.5e6)
+    assert row.cells()[5:9] == ("2000.0 TFLOP/s", "-", "0.0", "2.5")
     assert json.loads(json.dumps(row.as_json()))["roof_us"] is None
     assert " | " in report.table([row])
 
@@ -120,6 +120,13 @@ def test_only_what_is_right_is_timed():
     rows = run.measure(benchmark, functions, CPU, 2, {"copy": 1e9})
     assert [row.name for row in rows] == ["torch", "right"]
     assert rows[0].ratios["right"] == pytest.approx(1 / rows[1].ratios["torch"])
+
+
+def test_rows_have_the_peak_of_what_asks_for_it():
+    functions = {"torch": lambda: torch.empty(1 << 20, dtype=torch.uint8)}
+    for asked in (False, True):
+        (row,) = run.measure(a_benchmark(None, peak=asked), functions, CPU, 1, {"copy": 1e9})
+        assert row.peak_bytes == (1 << 20 if asked else pytest.approx(math.nan, nan_ok=True))
 
 
 def test_elements_never_written_are_seen():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import head_error, head_memory
+from benchmarks import bench, head_error, head_memory
 
 CPU = torch.device("cpu")
 
@@ -29,14 +29,14 @@ def gradient_errors(problems, kind, form, causes=head_error.CAUSES):
 
 
 def test_causes_together_are_what_head_loss_computes(problems):
+    """But for fp32's own, and for one rounding to bf16 more: of dX before targets are added."""
+    bf16 = head_error.format_error(torch.bfloat16)
     for problem, exact in problems.values():
         for form in head_error.FORMS.values():
-            if form.computed is None:
-                continue
             found = form.computed(problem)
             off = head_error.errors(found, form.emulated(problem, head_error.CAUSES))
             for distance, error in zip(off, head_error.errors(found, exact), strict=True):
-                assert distance < 0.15 * error
+                assert distance < 0.15 * error + bf16
 
 
 def test_without_causes_nothing_is_lost(problems):
@@ -93,8 +93,8 @@ def test_targets_through_e5m2_are_what_a_head_without_logits_saves(problems):
 
 
 def test_peak_of_changes():
-    assert head_memory.peak_of([3, -1, 2, -4, 1]) == 4
-    assert head_memory.peak_of([]) == 0
+    assert bench.peak_of([3, -1, 2, -4, 1]) == 4
+    assert bench.peak_of([]) == 0
 
 
 def test_peak_bytes_sees_what_a_call_holds_at_once():
@@ -104,11 +104,11 @@ def test_peak_bytes_sees_what_a_call_holds_at_once():
             y = torch.empty(1 << 19, dtype=torch.uint8)
             del x, y
 
-    assert 1.5 * 2**20 <= head_memory.peak_bytes(call, CPU) < 1.6 * 2**20
+    assert 1.5 * 2**20 <= bench.peak_bytes(call, CPU) < 1.6 * 2**20
 
 
 def test_chunks_hold_less_than_the_plain_expression(monkeypatch):
     monkeypatch.setitem(head_memory.LOGITS_AT_ONCE, "cpu", 8 * 512)
     calls = head_memory.forms((256, 16, 512), torch.float32, fp8=False, device=CPU)
-    plain, chunks = (head_memory.peak_bytes(call, CPU) for call in calls.values())
+    plain, chunks = (bench.peak_bytes(call, CPU) for call in calls.values())
     assert plain >= 2 * 4 * 256 * 512 > 4 * chunks

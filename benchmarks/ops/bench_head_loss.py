@@ -1,5 +1,8 @@
 """The head, loss and both gradients, in FP8, against modded-nanogpt's, and against others in bf16.
 
+Our other forms are beside it, on the default backend: FP8 without logits in memory, and in bf16
+rows in chunks, and the plain expression.
+
 A peer without this loss computes its own, which is named: one target a position, no prefix target;
 Liger's and cut-cross-entropy's softcap is 23·tanh(z/23), quack has none. So they do less.
 """
@@ -7,6 +10,7 @@ Liger's and cut-cross-entropy's softcap is 23·tanh(z/23), quack has none. So th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ DIM = 768
 CHECKED_AT_ONCE = 1024  # rows of float64 logits
 # Of ‖found − exact‖/‖exact‖; e5m2 rounds by 2^-3 at most. benchmarks.head_error has the usual ones.
 LARGEST_ERROR = {"fp8": 2**-3, "bf16": 0.02}
+BF16_FORMS = ("chunked, bf16", "plain, bf16", "inductor")
 OTHER_LOSSES = {
     "liger (tanh softcap, 1 target)": peers.liger_linear_cross_entropy,
     "quack (no softcap, 1 target)": peers.quack_linear_cross_entropy,
@@ -60,11 +65,14 @@ def make(case: CrossEntropyCase, num_flops: float, device: torch.device) -> Benc
     def with_gradients(losses: Tensor) -> tuple[Tensor, ...]:
         return losses.detach(), *torch.autograd.grad(losses.sum(), (x, w))
 
-    def plain(x: Tensor, w: Tensor) -> Tensor:
+    def plain(x: Tensor, w: Tensor, **options: object) -> Tensor:
         return reference.softcap_ce(x @ w, **options)
 
+    def form(losses: Callable[..., Tensor], **switches: object) -> Callable:
+        return lambda: lambda: with_gradients(losses(x, w, **{**options, **switches}))
+
     def inductor() -> Callable[[], tuple[Tensor, ...]]:
-        compiled = peers.inductor(plain, x, w).func
+        compiled = peers.inductor(partial(plain, **options), x, w).func
         return lambda: with_gradients(compiled(x, w))
 
     def modded_nanogpt() -> Callable[[], tuple[Tensor, ...]]:
@@ -90,7 +98,7 @@ def make(case: CrossEntropyCase, num_flops: float, device: torch.device) -> Benc
         exact_options = {**options, "round_sigmoid": False, "rows": CHECKED_AT_ONCE}
         inputs = (x.detach().double(), w.detach().double())
         exact = reference.linear_softcap_ce_grad(*inputs, **exact_options)
-        limit = LARGEST_ERROR["bf16" if name == "inductor" else "fp8"]
+        limit = LARGEST_ERROR["bf16" if name in BF16_FORMS else "fp8"]
         for what, found, ref64 in zip(("loss", "dX", "dW"), result, exact, strict=True):
             error = ((found.double() - ref64).norm() / ref64.norm()).item()
             assert error <= limit, f"{what} is {error:.1%} off"
@@ -103,8 +111,14 @@ def make(case: CrossEntropyCase, num_flops: float, device: torch.device) -> Benc
         num_bytes=4 * x.numel() + 4 * w.numel(),  # x and dX, W twice in FP8 and dW
         num_flops={"fp8": num_flops},
         peers={
+            "no logits in memory": form(
+                head_loss, fp8=fp8, form="fused", count_missing_targets=False, round_sigmoid=False
+            ),
+            "chunked, bf16": form(head_loss),
+            "plain, bf16": form(plain),
             "modded_nanogpt": modded_nanogpt,
             "inductor": inductor,
             **{name: other(peer) for name, peer in OTHER_LOSSES.items()},
         },
+        peak=True,
     )

@@ -76,6 +76,7 @@ def loss_benchmark(case: CrossEntropyCase, device: torch.device, transposed: boo
             ),
             "inductor": lambda: compiled_reference(z, transposed, **options),
         },
+        peak=True,
     )
 
 
