@@ -107,6 +107,14 @@ FP8_MATMUL_FULL = tuple(
     case
     for stage, tokens in (("s1", 16384), ("s2", 32768), ("s3", 49152))
     for case in _training_matmuls(stage, tokens)
+) + tuple(  # of attention's projections in FP8, at the last stage's tokens
+    MatmulCase(name, 49152, n, k, why, a_dtype=a_dtype, fast_accum=a_dtype == torch.float8_e4m3fn)
+    for name, n, k, why, a_dtype in (
+        ("qkv_s3", 2304, 768, "Q, K and V", torch.float8_e4m3fn),
+        ("qkv_dx_s3", 768, 2304, "back through them", torch.float8_e5m2),
+        ("out_s3", 768, 768, "attention's output: the least work a byte", torch.float8_e4m3fn),
+        ("out_dx_s3", 768, 768, "back through it", torch.float8_e5m2),
+    )
 )
 
 

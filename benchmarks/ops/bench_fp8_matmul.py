@@ -18,14 +18,19 @@ from speedrun import ops
 from speedrun.reference import fp8_matmul as reference
 from speedrun.reference._fp8 import to_fp8
 from tests.cases import FP8_MATMUL_FULL, FP8_MATMUL_SMALL, MatmulCase
-from tests.numerics import assert_accurate_fp8_sum, assert_between, assert_same_bits
+from tests.numerics import (
+    FP8_SUM_ERROR,
+    assert_accurate_fp8_sum,
+    assert_between,
+    assert_same_bits,
+)
 
 E4M3, E5M2, BF16, FP32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32
 OURS = ("cuda", "triton", "torch")
 
 
 def benchmarks(device: torch.device, shapes: str) -> Iterator[Benchmark]:
-    """The products of the three stages of training; "all": also the small cases of the tests."""
+    """The products of the stages of training; "all": also the small cases of the tests."""
     makers = {"store": store, "add": add, "relu2": relu2, "drelu2": drelu2}
     for case in FP8_MATMUL_FULL if shapes == "record" else FP8_MATMUL_FULL + FP8_MATMUL_SMALL:
         num_flops = 2 * case.m * case.n * case.k
@@ -143,7 +148,7 @@ def relu2(case: MatmulCase, device: torch.device) -> Benchmark:
     def check(name: str, result: tuple[Tensor, ...]) -> None:
         post, post_f8, post_f8_t, amax = result
         product, magnitude = inputs.sums()
-        low, high = (product + sign * 2.0**-12 * magnitude for sign in (-1, 1))
+        low, high = (product + sign * FP8_SUM_ERROR * magnitude for sign in (-1, 1))
         low, high = (x.bfloat16().float().relu().square().bfloat16() for x in (low, high))
         assert_between(inputs.seen(post), low, high)
         slack = 0 if name in OURS else 2.0**-8  # Inductor leaves the rounding of post out
@@ -196,7 +201,7 @@ def drelu2(case: MatmulCase, device: torch.device) -> Benchmark:
         dpre, dpre_t, amax = result
         product, magnitude = inputs.sums()
         root = 2 * (inputs.seen(post).double() * post_scale).sqrt()
-        margin = (2.0**-12 + 2.0**-20) * magnitude * root
+        margin = (FP8_SUM_ERROR + 2.0**-20) * magnitude * root
         if name not in OURS:
             margin += 2.0**-8 * (product * root).abs()  # it rounds the product to bf16 in between
         low, high = ((product * root + sign * margin).float() for sign in (-1, 1))
