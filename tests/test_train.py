@@ -102,8 +102,8 @@ def test_screen(first_run):
 
 def test_metrics(first_run, folder):
     """One header, what serves the operators, then every step once and every validation, in order,
-    with rising times."""
-    header, kernels, *events = read_events(folder / "one")
+    with rising times and tokens; and the end."""
+    header, kernels, *events, end = read_events(folder / "one")
     assert header["event"] == "header" and header["world_size"] == 1
     assert header["environment"]["torch"] == torch.__version__
     assert header["environment"]["commit"] and header["dtype"] == "torch.float32"
@@ -120,6 +120,10 @@ def test_metrics(first_run, folder):
     assert order == expected
     times = [event["train_time_s"] for event in events]
     assert times == sorted(times) and times[0] < 0.1
+    tokens = [event["tokens"] for event in events if event["event"] == "training"]
+    assert tokens == [1024 * step for step in range(1, STEPS + 1)]
+    assert end == {"event": "end", "reason": None}
+    assert isinstance(header["target_loss"], float)  # gzip's
 
 
 def test_kernels_by_backend(tmp_path):

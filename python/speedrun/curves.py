@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from speedrun.preflight import flat
-from speedrun.record_logs import LogError, LoggedRun, read_events
+from speedrun.record_logs import LogError, LoggedRun, read_events, target_in
 from speedrun.record_rules import TRACKS, guess_track
 
 SAME = ("device", "world_size", "dtype", "fp8", "train_data", "val_data")  # but for the seed
@@ -117,8 +117,7 @@ def _curve(group: list[LoggedRun], names: dict[str, str], differing: list[str]) 
 def target_of(run: LoggedRun) -> float | None:
     """The loss to reach: a run folder's own, else that of a public log's track."""
     if run.header:
-        target = run.header.get("target_loss", run.header["config"]["target_loss"])
-        return target if isinstance(target, float) and math.isfinite(target) else None
+        return target_in(run.header)
     track = guess_track([run])
     return None if track is None else TRACKS[track].target
 

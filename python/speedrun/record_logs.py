@@ -52,6 +52,12 @@ class LoggedRun:
         return self.header.get("seed")
 
 
+def target_in(header: dict[str, Any]) -> float | None:
+    """The loss that a run of ours is to reach; None: of gzip, which its version didn't write."""
+    target = header.get("target_loss", header["config"]["target_loss"])
+    return target if isinstance(target, float) else None
+
+
 SOURCE_END = re.compile(r"^={100}\n(?=running p)", re.MULTILINE | re.IGNORECASE)
 STEP_LINE = re.compile(r"^step:(\d+)(?:/(\d+))? (?=\w+:)(.*)$", re.MULTILINE)
 LLMC_LINE = re.compile(r"^s:(\d+) (tel|trl):(\d+\.\d{4,}|nan|inf)\b", re.MULTILINE)

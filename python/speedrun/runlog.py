@@ -171,6 +171,7 @@ class RunLog:
         self.val_loss: float | None = None
         self._text = self._metrics = self._bar = None
         self._last_shown_s = 0.0
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []  # of each event
         if folder is not None:
             self._text = _whole_lines(folder / "log.txt")
             self._metrics = _whole_lines(folder / "metrics.jsonl")
@@ -257,6 +258,18 @@ class RunLog:
             self._print(f"{line} {tokens_per_s:,.0f} tokens/s, {left_s:.0f} s left")
             self._last_shown_s = time.monotonic()
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """An exception is written as the run's end. Without one it goes on."""
+        if error is not None:
+            self.end(str(error) or kind.__name__)
+
+    def end(self, reason: str | None = None) -> None:
+        """The last event. reason: why the run ended before its last step."""
+        self._event("end", reason=reason)
+
     def close(self) -> None:
         if self._bar:
             self._bar.close()
@@ -267,6 +280,8 @@ class RunLog:
     def _event(self, kind: str, **values: Any) -> None:
         if self._metrics is not None:
             self._metrics.write(json.dumps({"event": kind, **values}) + "\n")
+            for listener in self.listeners:
+                listener(kind, values)
 
     def _to_disk(self) -> None:
         """What was written so far outlives the machine; while the clock stands still."""

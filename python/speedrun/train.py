@@ -85,7 +85,7 @@ def main(args: argparse.Namespace, watchdog: Watchdog) -> None:
     checkpoints.restore(start, clock)
     position, ranks = start.position, (run.comms.rank, run.comms.world_size)
     loader = training_loader(config, data, schedule, *ranks, start.step, position)
-    with loader, guard:
+    with log, loader, guard:
         log.say(f"ready to train {hardware.process_age_s():.1f} s after the start")
         clock.start()
         guard.prefix_table = prefix_table = load_prefix_table(tokenizer, config, run)
@@ -318,6 +318,7 @@ def finish(config: Config, data: DataSource, log: RunLog) -> None:
     except ImportError:
         log.say("no loss curve: matplotlib is missing (pip install 'nanogpt-speedrun[cli]')")
     log.say(NEXT_STEPS.format(recipe=config.name, folder=log.folder))
+    log.end()
     log.close()
 
 
