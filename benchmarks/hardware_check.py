@@ -54,6 +54,7 @@ PRIORITY = (
     "attention",
     "sym_matmul",
     "polar_express",
+    "polar_chain",
     "qk_norm_rope",
     "attention_epilogue",
     "residual_mix",

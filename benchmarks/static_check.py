@@ -81,6 +81,7 @@ REQUIRED = (
     ("adam_step", "cuda", "", ("ld128", "st128")),
     ("adam_step", "triton", "", ("ld128", "st128")),
     ("polar_express", "cuda", "true>", ("ld128", "st128")),
+    ("polar_chain", "cuda", "", ("HGMMA", "UTMALDG", "lds128", "st128")),
     ("qk_norm_rope", "cuda", "true>", ("ld128", "st128")),
     ("qk_norm_rope", "triton", "", ("ld128", "st128")),
     ("attention_epilogue", "cuda", "true>", ("ld128", "st128")),

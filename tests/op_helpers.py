@@ -44,3 +44,8 @@ def assert_compiles(function: Callable, tensors: list[Tensor], grad: Tensor) -> 
     assert_same_with_gradients(compiled, function, tensors, grad)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_same_with_gradients(compiled, function, [t + 1 for t in tensors], grad)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Distance as a share of the expected tensor's norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()

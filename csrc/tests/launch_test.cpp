@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/fp8_matmul.h"
+#include "kernels/polar_chain.h"
 #include "kernels/relu2_mlp.h"
 #include "kernels/sym_matmul.h"
 #include "kernels/sym_matmul_tiles.h"
@@ -27,6 +28,8 @@ struct TensorMap {
 };
 std::map<const void*, TensorMap> maps;  // of the launch at hand, by address
 int launches = 0, zeroed = 0, mirrors = 0;
+size_t cleared_bytes = 0;                     // of polar_chain's counters
+int blocks_per_sm = 1;                        // what the fake runtime says of occupancy
 uint64_t blocks = 0;                          // of the last launch
 std::map<const void*, size_t> shared_limits;  // by kernel
 
@@ -90,12 +93,17 @@ cudaError_t fake_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   CHECK(config.blockDim.x == 384 && config.blockDim.y == 1 && config.blockDim.z == 1);
   CHECK(config.dynamicSmemBytes <= kMaxShared);
   CHECK(config.dynamicSmemBytes <= shared_limits[kernel]);
-  CHECK(config.numAttrs == 1 && config.attrs[0].id == cudaLaunchAttributeClusterDimension);
+  CHECK(config.numAttrs == 1);
+  ++launches;
+  if (config.attrs[0].id == cudaLaunchAttributeCooperative) {  // polar_chain
+    CHECK(config.attrs[0].val.cooperative == 1);
+    return cudaSuccess;
+  }
+  CHECK(config.attrs[0].id == cudaLaunchAttributeClusterDimension);
   const auto& cluster = config.attrs[0].val.clusterDim;
   CHECK(cluster.x * cluster.y * cluster.z <= 8);  // more would have to be allowed first
   CHECK(config.gridDim.x % cluster.x == 0 && config.gridDim.y % cluster.y == 0);
   CHECK(config.gridDim.z % cluster.z == 0);
-  ++launches;
   return cudaSuccess;
 }
 
@@ -299,6 +307,56 @@ void test_sym_matmuls() {
   expect_launches(0);
 }
 
+// One map serves A and B: all slots' matrices, one after another.
+void test_polar_chain(int64_t batch, int64_t n, int num_steps) {
+  PolarChainParams params{};
+  params.work = at(kA);
+  params.counters = reinterpret_cast<uint32_t*>(at(kB));
+  params.batch = batch;
+  params.n = n;
+  params.num_steps = num_steps;
+  CHECK(launch_polar_chain(params, nullptr) == cudaSuccess);
+  const uint64_t un = n, slots = chain_slots(num_steps), side = squares_per_side(n);
+  expect(at(kA), {un, un, slots * batch}, {2 * un, 2 * un * un});
+  CHECK(maps.size() == 1 && cleared_bytes == 4 * slots * batch * side);
+  const uint64_t items = chain_products(num_steps) * batch * triangle_size(side);
+  CHECK(blocks == (items < kSms ? items : kSms));
+  expect_launches(1);
+}
+
+void test_polar_chains() {
+  for (const int64_t gpus : {1, 8}) {
+    for (const int num_steps : {2, 3}) {
+      test_polar_chain(64 / gpus, 256, num_steps);
+      test_polar_chain(24 / gpus, 768, num_steps);
+    }
+  }
+  test_polar_chain(1, 128, 1);
+  test_polar_chain(2, 2048, kMaxChainSteps);
+  PolarChainParams params{};
+  params.work = at(kA);
+  params.counters = reinterpret_cast<uint32_t*>(at(kB));
+  params.batch = 1;
+  params.n = 128;
+  params.num_steps = 1;
+  for (const auto& spoil : std::vector<void (*)(PolarChainParams&)>{
+           [](PolarChainParams& p) { p.work = at(kA) + 8; }, [](PolarChainParams& p) { p.n = 192; },
+           [](PolarChainParams& p) { p.num_steps = 0; },
+           [](PolarChainParams& p) { p.num_steps = kMaxChainSteps + 1; },
+           [](PolarChainParams& p) { p.batch = int64_t{1} << 31; },
+           [](PolarChainParams& p) { p.n = 2 * kMaxChainN; }}) {
+    PolarChainParams bad = params;
+    spoil(bad);
+    CHECK(launch_polar_chain(bad, nullptr) == cudaErrorInvalidValue);
+  }
+  blocks_per_sm = 0;
+  CHECK(launch_polar_chain(params, nullptr) == cudaErrorCooperativeLaunchTooLarge);
+  blocks_per_sm = 1;
+  params.batch = 0;
+  CHECK(launch_polar_chain(params, nullptr) == cudaSuccess);
+  expect_launches(0);
+}
+
 void test_record_shapes() {
   constexpr int64_t kDim = 768, kHidden = 3072, kVocab = 50304;
   for (const int64_t tokens : {16384, 32768, 49152}) {
@@ -387,6 +445,18 @@ cudaError_t cudaMemset2DAsync(void* target, size_t pitch, int value, size_t widt
   ++speedrun::zeroed;
   return cudaSuccess;
 }
+cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+  CHECK(target == speedrun::at(speedrun::kB) && value == 0);
+  speedrun::cleared_bytes = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void* kernel,
+                                                                   int num_threads,
+                                                                   size_t shared_bytes, unsigned) {
+  CHECK(num_threads == 384 && shared_bytes <= speedrun::shared_limits[kernel]);
+  *count = speedrun::blocks_per_sm;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* status) {
@@ -404,6 +474,7 @@ int main() {
   speedrun::test_record_shapes();
   speedrun::test_edges();
   speedrun::test_sym_matmuls();
+  speedrun::test_polar_chains();
   speedrun::test_refusals();
   std::puts("launch: tensor maps and launches as a driver takes them");
 }

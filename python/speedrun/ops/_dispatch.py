@@ -99,6 +99,11 @@ def forced_backend(op: str) -> str | None:
     return _forced.get(op, _forced.get(EVERY_OP))
 
 
+def named_override(op: str) -> str | None:
+    """The override that names an operator; None where there is none, or only one for all."""
+    return _forced.get(op)
+
+
 def note(op: str, backend: str) -> None:
     _used.setdefault(op, set()).add(backend)
 

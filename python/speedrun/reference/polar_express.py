@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from speedrun.reference._gram_steps import gram_steps
 from speedrun.reference._polar_coefficients import Quintic, polar_coefficients
 
 # polar_coefficients(5, 1e-3), in the digits of the public program.
@@ -60,6 +62,13 @@ class PolarExpress:
                 f"PolarExpress: restarts must be steps from 1 on, counted from 0, got "
                 f"{self.restarts}"
             )
+
+    @property
+    def chains(self) -> tuple[tuple[Quintic, ...], ...]:
+        """The coefficients, cut before each restart."""
+        steps = len(self.coefficients)
+        cuts = sorted({0, steps, *(restart for restart in self.restarts if restart < steps)})
+        return tuple(self.coefficients[start:end] for start, end in pairwise(cuts))
 
 
 RECORD = PolarExpress()
@@ -142,30 +151,18 @@ def _standard(x: Tensor, gram: Tensor, spec: PolarExpress, dtype: torch.dtype) -
 
 
 def _gram(x: Tensor, r: Tensor, spec: PolarExpress, dtype: torch.dtype) -> Tensor:
-    """The steps on R = XXᵀ alone (Gram Newton–Schulz; KERNELS section b.5), for all but two X's.
+    """The steps on R = XXᵀ alone (`gram_steps`), for all but two X's.
 
-    With Z = b·R + c·R² a step is Q ← (Z + a·I)·Q, R ← (Z + a·I)·R·(Z + a·I), and X = Q·X at the
-    end. a is never added to a rounded Z whose entries it would drown: it multiplies what Z does.
-    Rounding leaves R with eigenvalues below 0, which grow by a² a step: hence the restarts. All of
-    R, Z and Q are symmetric; of their products only the lower triangle is used.
+    Rounding leaves R with eigenvalues below 0, which grow by a² a step: hence the restarts, which
+    multiply what there is into X and compute XXᵀ anew.
     """
     rounded = _rounding_to(dtype)
-
-    def mirrored(t: Tensor) -> Tensor:
-        return t.tril() + t.tril(-1).mT
-
-    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-    q = None
-    for step, (a, b, c) in enumerate(spec.coefficients):
-        if step in spec.restarts:
-            x, q = rounded(x @ q if is_tall(x) else q @ x), None
+    for number, steps in enumerate(spec.chains):
+        if number:
             r = rounded(_product_with_itself(x))
-        z = rounded(torch.baddbmm(r, r, r, beta=b, alpha=c))
-        q = rounded(z + a * eye if q is None else mirrored(torch.baddbmm(q, q, z, beta=a)))
-        if step + 1 < len(spec.coefficients) and step + 1 not in spec.restarts:
-            rz = rounded(mirrored(torch.baddbmm(r, r, z, beta=a)))
-            r = rounded(mirrored(torch.baddbmm(rz, z, rz, beta=a)))
-    return rounded(x @ q if is_tall(x) else q @ x)
+        q = gram_steps(r, steps, dtype)
+        x = rounded(x @ q if is_tall(x) else q @ x)
+    return x
 
 
 def momentum_step(grad_BMN: Tensor, momentum_BMN: Tensor, mu: float | Tensor) -> Tensor:
