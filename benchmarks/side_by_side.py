@@ -216,7 +216,7 @@ LOG_FOLDERS = {"ours": "run", "peer": "logs"}
 @contextlib.contextmanager
 def started(name: str, folder: Path, arguments: list[str]) -> Iterator[Program]:
     """`python -m` the arguments in `folder`; `{turn}` in them is the connection to it. Ended with
-    all its children when the block is left."""
+    all its children when the block is left, by SIGTERM too: nothing stays on the device."""
     folder.mkdir(parents=True)
     ours, theirs = Pipe()
     command = [part.replace("{turn}", str(theirs.fileno())) for part in arguments]
@@ -232,9 +232,11 @@ def started(name: str, folder: Path, arguments: list[str]) -> Iterator[Program]:
             start_new_session=True,
         )
     theirs.close()  # so that its end shows in ours
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield Program(name, folder, process, ours)
     finally:
+        signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -73,6 +73,18 @@ def test_timelines(report):
         assert "aten::mm" in {e["name"] for e in json.loads(gzip.open(path).read())["traceEvents"]}
 
 
+@pytest.mark.gpu
+def test_a_device_is_watched(tmp_path):
+    args = ["--recipe=tiny", "--rounds=2", f"--timelines={tmp_path / 'timelines'}", "--device=cuda"]
+    args += [f"--json={tmp_path / 'step.json'}", *tiny_sets(precision="bf16")]
+    assert bench_step.main(args) == 0
+    for row in json.loads((tmp_path / "step.json").read_text())["rows"]:
+        total_ms = sum(k["us"] for k in row["figures"]["profile"]["kernels"]) / 1e3
+        assert 0 < row["busy_ms"] <= 1.001 * total_ms and row["launches"] > 100
+        assert row["figures"]["peak_bytes"] > 0
+    assert len(list((tmp_path / "timelines").iterdir())) == 3
+
+
 def test_what_cannot_run_says_why(capsys):
     assert bench_step.main(["--recipe=tiny", "--set=model.model_dim=7"]) == 1
     assert "model.model_dim" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,6 +179,18 @@ def test_a_program_that_fails_is_quoted(tmp_path):
     with side_by_side.started("peer", tmp_path / "peer", ["no_such_module"]) as program:
         with pytest.raises(RunError, match=r"(?s)peer: exit code 1; .*No module named no_such_mod"):
             program.wait_for_turn()
+
+
+def test_sigterm_ends_what_was_started(tmp_path):
+    arguments = ["timeit", "-n1", "-r1", "__import__('time').sleep(60)"]
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        with side_by_side.started("peer", tmp_path / "peer", arguments) as program:
+            assert program.process.poll() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    assert program.process.poll() == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_fields_of_another_version_are_refused(monkeypatch):
