@@ -75,6 +75,7 @@ REQUIRED = (
     ("normuon_step", "triton", "update", ("ld128", "st128")),
     ("sym_matmul", "triton", "", ("HGMMA", "st128")),
     ("attention", "triton", "forward|dq|dkdv", ("HGMMA", "ld128", "st128")),
+    ("attention_strip", "triton", "strip", ("HGMMA", "ld128", "st128")),
     ("softcap_ce", "cuda", "", ("ld128", "st128")),
     ("softcap_ce", "triton", "", ("ld128", "st128")),
     ("polar_express", "triton", "", ("ld128", "st128")),

@@ -261,6 +261,10 @@ def test_triton_sources_are_the_stem_s_file_and_what_all_share(monkeypatch, tmp_
     (tmp_path / "op.py").write_text("kernel, changed")
     assert _dispatch.source_sha256("op", "triton") != before
     assert _dispatch.source_sha256("none", "triton") == ""
+    monkeypatch.setattr(_dispatch, "FORMS", {"op": "other"})
+    before = _dispatch.source_sha256("op", "triton")
+    (tmp_path / "other.py").write_text("what op uses, changed")
+    assert _dispatch.source_sha256("op", "triton") != before
 
 
 def test_cuda_sources_are_those_of_the_library(monkeypatch):

@@ -1,5 +1,6 @@
 """Attention over documents with sliding windows, forward and with gradients, against the other
-backends that are installed: FlashAttention 2, 3 and 4, and FlexAttention, behind our front door.
+backends that are installed: FlashAttention 2, 3 and 4, and FlexAttention, behind our front door;
+for short windows also our own strip form of the gradients, which bench_attention_strip.py judges.
 
 Left out of these times: the plan of a batch, which ten layers share.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.run import Benchmark, too_large_for_cpu
 from speedrun import ops
+from speedrun.ops._attention_backends import STRIP, STRIP_WINDOW
 from speedrun.ops._dispatch import Unavailable, forced_backend
 from speedrun.ops.attention import AttentionPlan, attention, plan_attention
 from tests.cases import ATTENTION_FULL, ATTENTION_SMALL, AttentionCase
@@ -94,6 +96,18 @@ def make(case: AttentionCase, backward: bool, device: torch.device) -> Benchmark
             raise peers.Missing(str(reason)) from reason
         return on_peer
 
+    def strip() -> Callable[[], tuple[Tensor, ...]]:
+        on_triton = peer("triton")
+
+        def on_strip() -> tuple[Tensor, ...]:
+            with ops.use_backend("triton", STRIP):
+                return on_triton()
+
+        return on_strip
+
+    peer_makers = {name: functools.partial(peer, name) for name in PEERS}
+    if backward and case.window <= STRIP_WINDOW:
+        peer_makers["strip"] = strip
     num_bytes = 4 * T * H * (K + E)  # q, k, v, out of two bytes
     if backward:
         num_bytes += 8 * T * H * (K + E)  # the same and dout again, and gradients
@@ -104,5 +118,5 @@ def make(case: AttentionCase, backward: bool, device: torch.device) -> Benchmark
         check=check,
         num_bytes=num_bytes,
         num_flops={"bf16": num_flops(case, backward)},
-        peers={name: functools.partial(peer, name) for name in PEERS},
+        peers=peer_makers,
     )

@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speedrun.ops import _dispatch
+
 DTYPE = torch.bfloat16
 ON_CPUS = ("triton", "sdpa")  # where these can run too
 FLEX_BLOCK = 128  # sides of a block of flex_attention's mask
+STRIP = "attention_strip"  # a second form of our backward pass,
+STRIP_WINDOW = 384  # and the longest window for it: docs/kernels/attention_strip.md counts why
 
 
 class NotInstalled(Exception):
@@ -173,15 +177,28 @@ def _triton() -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise NotInstalled("triton")
     from speedrun.triton_kernels import attention as kernels
+    from speedrun.triton_kernels import attention_strip as strip
 
     def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float):
         return kernels.attention_forward(q, k, v, batch.extra, batch.window, scale)
 
     def backward(dout, q, k, v, out, lse, batch: Batch, scale: float):
-        arguments = (dout, q, k, v, out, lse, batch.extra, batch.window, scale)
-        return kernels.attention_backward(*arguments)
+        form = strip if batch.window <= STRIP_WINDOW and strip_serves(q.device) else kernels
+        return form.attention_backward(dout, q, k, v, out, lse, batch.extra, batch.window, scale)
 
     return Backend(forward, backward, kernels.tile_list)
+
+
+def strip_serves(device: torch.device) -> bool:
+    """Whether our backward pass takes its strip form where it can: by a verdict of its own, or an
+    override that names it; "torch" there is the plain form, and one for all operators is not it."""
+    named = _dispatch.named_override(STRIP)
+    if named is None and _dispatch.forced_backend(STRIP) is not None:
+        return False
+    serves = _dispatch.decide(STRIP, device, triton=True) == "triton"
+    if serves:
+        _dispatch.note(STRIP, "triton")
+    return serves
 
 
 def _by_autograd(function: Callable, prepare: Callable) -> Backend:

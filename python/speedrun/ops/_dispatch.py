@@ -34,6 +34,9 @@ BACKENDS = ("cuda", "triton", "torch")
 OTHER_BACKENDS = {"attention": ("fa3", "fa4", "fa2", "flex", "sdpa")}
 VERDICTS_PATH = Path(__file__).with_name("verdicts.json")
 TRITON_FOLDER = Path(__file__).parents[1] / "triton_kernels"
+# Other forms of an operator's Triton kernels, with verdicts of their own -> the file whose
+# functions they use: in a file that all share, these would cost all kernels their verdicts.
+FORMS = {"attention_strip": "attention"}
 EVERY_OP = "*"
 
 
@@ -195,15 +198,16 @@ def source_sha256(op: str, backend: str) -> str:
     """Of the sources that `backend` runs for `op` here; "" if it has none.
 
     cuda: kernel, headers and binding, as they were when speedrun._C was built, which carries the
-    table (pyext/source_hashes.py); triton: the file of its kernels, and what all of them share.
+    table (pyext/source_hashes.py); triton: the file of its kernels, that of FORMS, and what all of
+    them share.
     """
     if backend == "cuda":
         return "" if library_problem() else _built_sources().get(op, "")
-    path = TRITON_FOLDER / f"{op}.py"
-    if not path.is_file():
+    paths = [TRITON_FOLDER / f"{name}.py" for name in (op, FORMS.get(op)) if name]
+    if not paths[0].is_file():
         return ""
-    shared = sorted(TRITON_FOLDER.glob("_[a-z]*.py"))
-    return hashlib.sha256(b"\0".join(p.read_bytes() for p in [path, *shared])).hexdigest()
+    paths += sorted(TRITON_FOLDER.glob("_[a-z]*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _built_sources() -> dict[str, str]:
