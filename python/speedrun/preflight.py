@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from speedrun import estimate, hardware
+from speedrun import estimate, hardware, trackers
 from speedrun.comms import Comms
 from speedrun.config import Config, ConfigError, to_dict
 from speedrun.data import DataError
@@ -114,6 +114,7 @@ def preflight(
         if args.out and args.resume is None:
             attempt(check_run_folder, folder)
         attempt(check_writable, folder)
+        attempt(trackers.check, args.trackers)
         kept = args.keep + 1 if args.save_every else 0  # the next one beside them
         needed = attempt(checkpoint_bytes, with_vocabulary(config), precision) if kept else 0
         attempt(check_disk, folder, LOG_BYTES + kept * (needed or 0))

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speedrun import hardware, recipes
+from speedrun import hardware, recipes, trackers
 from speedrun.autosave import Checkpoints, Start, describe, find_start
 from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import MicroBatch
 from speedrun.comms import Comms
-from speedrun.config import BaselineConfig, Config, ConfigError
+from speedrun.config import BaselineConfig, Config, ConfigError, to_dict
 from speedrun.config_check import check
 from speedrun.data import StepBatch
 from speedrun.estimate import Precision
@@ -211,6 +211,7 @@ def start_log(
         },
         start.step,
     )
+    trackers.attach(args.trackers, log, to_dict(config) | {"seed": args.seed})
     log.say(
         f"recipe {config.name}: {config.schedule.total_steps} steps on {run.comms.world_size} x "
         f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}; "
@@ -394,6 +395,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest good checkpoint of a run's folder, or (auto) of --out's, if "
         "there is one; or start a new run from one checkpoint",
     )
+    trackers.add_arguments(parser)
     parser.epilog = EXIT_CODES
 
 
@@ -406,6 +408,7 @@ def to_argv(args: argparse.Namespace) -> list[str]:
     argv += [f"--save-every={args.save_every}", f"--keep={args.keep}"]
     argv += [] if args.hang_timeout is None else [f"--hang-timeout={args.hang_timeout}"]
     argv += ["--deterministic"] * args.deterministic
+    argv += [f"--{name}" for name in args.trackers]
     return argv + ["--repeat-data"] * args.repeat_data
 
 
