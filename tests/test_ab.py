@@ -100,6 +100,43 @@ def test_noise_floor():
     assert compare([0.0, 0.0], [0.0, 0.0]).verdict == NOT_SHOWN
 
 
+def test_what_would_have_been_shown():
+    """The smallest effect that such runs find is found about 4 times in 5, on other machines' runs
+    of the same kind; and so is a smaller one by the number of blocks that is asked for."""
+    nothing = [simulate(normal, seed) for seed in range(300)]
+    size = np.median([np.log1p(result.detectable) for result in nothing])
+    assert 0.01 < size < 0.04  # of blocks whose ratios have a standard deviation of 1 %
+    assert 0.68 < shown(size, num_ab=5, num_aa=3) < 0.9
+    missed = [simulate(normal, seed, log_ratio=0.007) for seed in range(300)]
+    wanted = [
+        result.blocks_needed
+        for result in missed
+        if result.verdict == NOT_SHOWN and abs(np.log(result.ratio) - 0.007) < 5e-4
+    ]
+    num_ab, num_aa = (int(np.median(numbers)) for numbers in zip(*wanted, strict=True))
+    assert num_ab > 10 and num_aa > 3
+    assert 0.68 < shown(0.007, num_ab, num_aa) < 0.9
+
+
+def shown(log_ratio, num_ab, num_aa):
+    """How often an effect of this size gets a verdict."""
+    found = [simulate(normal, 1000 + i, log_ratio, num_ab, num_aa).verdict for i in range(200)]
+    return sum(verdict != NOT_SHOWN for verdict in found) / len(found)
+
+
+def test_what_hides_an_effect():
+    sure = [-0.01, -0.0101, -0.0099, -0.01, -0.01]
+    floor = compare(sure, [0.02, -0.02, 0.01])
+    assert floor.floor_limits and floor.detectable > floor.noise_floor > 0.01
+    assert floor.blocks_needed[0] < 5 and floor.blocks_needed[1] > 3  # more A/A blocks would do
+    scattered = compare([-0.03, 0.01, -0.02, 0.005, -0.01], [1e-4, -1e-4, 0.0])
+    assert not scattered.floor_limits and scattered.blocks_needed[0] > 5
+    # What the runs have in common, or their last digit, no number of them takes away.
+    assert compare(sure, [-0.02, -0.0201, -0.0199, -0.02]).blocks_needed is None
+    assert compare(sure, [0.0, 0.0], resolution=0.02).blocks_needed is None
+    assert compare([0.0, 0.0], [0.0, 0.0]).blocks_needed is None
+
+
 def test_plan():
     blocks = plan_blocks(5, 3)
     kinds = "".join("-" if kind == "A/A" else "+" for kind, _ in blocks)
@@ -151,6 +188,22 @@ def test_printed_time_is_compared(tmp_path, capsys):
     assert cli.main(["ab", *words, "--json", str(tmp_path / "ab.json")]) == 0
     out = capsys.readouterr().out
     assert "train_time of B / A: 1.5000" in out and "verdict: B is slower" in out
+
+
+def test_report_of_nothing_shown():
+    unclear = compare([-0.03, 0.01, -0.02, 0.005, -0.01], [0.001, -0.001, 0.0])
+    first, second = ab.verdict_text(unclear, 5, 3).splitlines()
+    assert first.startswith("verdict: not shown; so many runs show an effect of 3.28%")
+    assert first.endswith("the scatter of A/B blocks hides smaller ones")
+    number = 2 * unclear.blocks_needed[0]
+    assert second == (
+        f"for one of 0.90%, as here, if it is real: a new comparison with --runs {number} "
+        f"--noise-blocks 3 ({number - 10} and 0 more)"
+    )
+    coarse = compare([-0.01] * 5, [0.0] * 3, resolution=0.02)
+    first, second = ab.verdict_text(coarse, 5, 3).splitlines()
+    assert "the noise floor hides smaller ones" in first
+    assert second == "no number of runs here would show one of 1.01%, as here"
 
 
 @pytest.mark.parametrize(

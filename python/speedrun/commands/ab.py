@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -348,5 +349,27 @@ def format_report(state: dict[str, Any], result: Comparison) -> str:
         f"{metric} of B / A: {result.ratio:.4f}, {1 - FALSE_POSITIVE_RATE:.0%} interval "
         f"{result.low:.4f} to {result.high:.4f} ({kinds.count('A/B')} A/B blocks); noise floor "
         f"±{result.noise_floor:.2%} ({kinds.count('A/A')} A/A blocks)\n"
-        f"verdict: {'' if result.verdict == NOT_SHOWN else 'B is '}{result.verdict}"
+        + verdict_text(result, kinds.count("A/B"), kinds.count("A/A"))
+    )
+
+
+def verdict_text(result: Comparison, num_ab: int, num_aa: int) -> str:
+    """And of NOT_SHOWN, which effects would have been found, and what it takes for that found."""
+    if result.verdict != NOT_SHOWN:
+        return f"verdict: B is {result.verdict}"
+    hides = "the noise floor hides" if result.floor_limits else "the scatter of A/B blocks hides"
+    found = f"{math.expm1(abs(math.log(result.ratio))):.2%}, as here"
+    if result.blocks_needed is None:
+        more = f"no number of runs here would show one of {found}"
+    else:
+        planned = zip(result.blocks_needed, (num_ab, num_aa), strict=True)
+        blocks, noise_blocks = (max(needed, before) for needed, before in planned)
+        more = (
+            f"for one of {found}, if it is real: a new comparison with --runs {2 * blocks} "
+            f"--noise-blocks {noise_blocks} ({2 * (blocks - num_ab)} and {noise_blocks - num_aa} "
+            "more)"
+        )
+    return (
+        f"verdict: {NOT_SHOWN}; so many runs show an effect of {result.detectable:.2%} or more "
+        f"about 4 times in 5, {hides} smaller ones\n{more}"
     )
