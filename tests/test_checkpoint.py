@@ -278,8 +278,8 @@ def test_export(saved, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     wanted = {n: t for n, t in model.state_dict().items() if "." not in n}
     for source in (folder, folder.parents[1], out):
-        loaded, config, data_format = load_for_inference(source, torch.device("cpu"))
-        assert config == small_config() and data_format == BYTES
+        loaded, config, data_format, step = load_for_inference(source, torch.device("cpu"))
+        assert config == small_config() and data_format == BYTES and step == STEP
         assert loaded.state_dict().keys() == wanted.keys()
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, wanted[name]) and tensor.dtype == wanted[name].dtype, name
@@ -288,6 +288,21 @@ def test_export(saved, tmp_path, capsys):
     (out / "model.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="not as `speedrun export`"):
         load_for_inference(out, torch.device("cpu"))
+
+
+def test_export_of_an_earlier_version(saved, tmp_path):
+    """It has no step, and counts as of the run's end; a step of no schedule is refused."""
+    pytest.importorskip("safetensors")
+    checkpoint.export(saved[2], tmp_path / "export")
+    path = tmp_path / "export" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"step": 34}))
+    with pytest.raises(CheckpointError, match="step 34 is outside the schedule's 0"):
+        load_for_inference(path.parent, torch.device("cpu"))
+    del values["step"]
+    path.write_text(json.dumps(values))
+    found = load_for_inference(path.parent, torch.device("cpu"))
+    assert found.step == 33 and found.plan.windows == (24, 64, found.plan.windows.yarn)
 
 
 def test_nothing_to_export(tmp_path, capsys):

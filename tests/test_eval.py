@@ -12,6 +12,7 @@ import torch
 import train_helpers
 from data_helpers import write_shard
 from speedrun import cli, train
+from speedrun.checkpoint import Trained
 from speedrun.commands import eval as command
 from speedrun.comms import Comms
 from speedrun.data import BYTES, GPT2
@@ -28,6 +29,7 @@ CONFIG = small_config(model=dataclasses.replace(RECORD, vocab_size=BYTES.vocab_s
 CONFIG = dataclasses.replace(
     CONFIG, data=dataclasses.replace(CONFIG.data, val_tokens=None, val_tokens_per_part=256)
 )
+END = CONFIG.schedule.total_steps
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def measure(monkeypatch, capsys, model, tmp_path):
     """Runs the verb on `model` in a folder with book.txt; exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "book.txt")
-    return verb_on((model, CONFIG, BYTES), command, monkeypatch, capsys)
+    return verb_on(Trained(model, CONFIG, BYTES, END), command, monkeypatch, capsys)
 
 
 def test_validation(measure, model, tmp_path):
@@ -127,7 +129,7 @@ def test_tokens_of_several_bytes(measure, monkeypatch, tmp_path):
     words = ("--data", ".", "--tokens", "40", "--json", "found.json")
 
     def measured(*more):
-        return measure(*words, *more, load=lambda *_: (other, config, GPT2))
+        return measure(*words, *more, load=lambda *_: Trained(other, config, GPT2, END))
 
     code, text, error = measured()
     assert (code, error) == (0, "") and "no bits per byte: " in text and "gpt2.tiktoken" in text
@@ -164,7 +166,9 @@ def test_refusals(measure, words, message):
 
 def test_tokens_of_another_kind(measure, model):
     """The checkpoint's model can't read them."""
-    code, _, error = measure("--text", "book.txt", load=lambda *_: (model, CONFIG, GPT2))
+    code, _, error = measure(
+        "--text", "book.txt", load=lambda *_: Trained(model, CONFIG, GPT2, END)
+    )
     assert code == 1 and "'bytes'" in error and "'gpt2'" in error
 
 
@@ -193,10 +197,14 @@ def trained(tmp_path_factory):
 
 
 def test_a_run(trained, monkeypatch, capsys):
-    """The losses in its log, of the run's end and of a checkpoint in its first stage; and text."""
+    """The losses in its log, of the run's end, of a checkpoint in its first stage and of an export
+    of that; and text."""
+    pytest.importorskip("safetensors")
     monkeypatch.chdir(trained)
+    early = "run/checkpoints/step-000005"
+    assert cli.main(["export", early, "--out", "early"]) == 0
     logged = {step: loss for event, step, loss in read_losses(trained / "run") if "val" in event}
-    for path, step in (("run", 20), ("run/checkpoints/step-000005", 5)):
+    for path, step in (("run", 20), (early, 5), ("early", 5)):
         code = cli.main(
             ["eval", path, "--text", "book.txt", "--json", "found.json", "--device", "cpu"]
         )

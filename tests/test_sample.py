@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 
+from speedrun.checkpoint import Trained
 from speedrun.commands import sample
 from speedrun.data import BYTES, GPT2
 from speedrun.runlog import RunError
@@ -13,6 +14,7 @@ from test_record_model import RECORD, random_model
 from train_helpers import small_config, verb_on
 
 CONFIG = small_config(model=dataclasses.replace(RECORD, vocab_size=BYTES.vocab_size))
+END = CONFIG.schedule.total_steps
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def model():
 @pytest.fixture
 def write(monkeypatch, capsys, model):
     """Runs the verb on `model`; exit code, stdout, stderr."""
-    return verb_on((model, CONFIG, BYTES), sample, monkeypatch, capsys)
+    return verb_on(Trained(model, CONFIG, BYTES, END), sample, monkeypatch, capsys)
 
 
 def test_text(write):
@@ -80,5 +82,5 @@ def test_bad_checkpoint(write):
 
 def test_without_a_vocabulary(write, model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, error = write(load=lambda path, device: (model, CONFIG, GPT2))
+    code, _, error = write(load=lambda path, device: Trained(model, CONFIG, GPT2, END))
     assert code == 1 and "gpt2.tiktoken" in error and "speedrun data fetch" in error

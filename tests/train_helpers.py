@@ -18,6 +18,7 @@ from speedrun import cli, recipes
 from speedrun._numpy_loader import bigram_rows, sign_rows
 from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import MicroBatch
+from speedrun.checkpoint import Trained
 from speedrun.config import (
     AdamRow,
     BaselineConfig,
@@ -249,8 +250,8 @@ def random_baseline(vocab_size: int) -> BaselineGPT:
     return model
 
 
-def verb_on(loaded: tuple, command: Any, monkeypatch: Any, capsys: Any) -> Callable:
-    """Runs the verb of module `command` on CKPT, which is `loaded`: (model, config, format).
+def verb_on(loaded: Trained, command: Any, monkeypatch: Any, capsys: Any) -> Callable:
+    """Runs the verb of module `command` on CKPT, which is `loaded`.
 
     Gives exit code, stdout, stderr; load: instead of `load_for_inference`.
     """

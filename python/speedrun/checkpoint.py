@@ -29,7 +29,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from speedrun.data import DataError, DataFormat, LoaderPosition
 from speedrun.estimate import Precision, meta_model
 from speedrun.optim import Optimizer
 from speedrun.runlog import RunError
+from speedrun.schedule import Schedule, StepPlan
 
 if TYPE_CHECKING:  # PyTorch's checkpoints take a second to import: who saves none does without
     from torch.distributed import ProcessGroup
@@ -394,10 +395,26 @@ def _read(folder: Path, reader: Any, wanted: dict[str, Tensor]) -> None:
         ) from None
 
 
-def load_for_inference(path: Path, device: torch.device) -> tuple[nn.Module, Config, DataFormat]:
-    """A trained model without FP8 copies, its config, and what its tokens mean.
+class Trained(NamedTuple):
+    """A model without FP8 copies; its config; what its tokens mean; how many steps it was trained.
 
-    path: of a checkpoint, a run (its newest good one) or what `speedrun export` wrote.
+    The step tells its windows and rotary frequencies, which are those of a stage: `plan`.
+    """
+
+    model: nn.Module
+    config: Config
+    format: DataFormat
+    step: int
+
+    @property
+    def plan(self) -> StepPlan:
+        """ValueError for a step that is outside of the config's schedule."""
+        return Schedule(self.config.schedule).plan(self.step)
+
+
+def load_for_inference(path: Path, device: torch.device) -> Trained:
+    """Of a checkpoint, a run (its newest good one) or what `speedrun export` wrote.
+
     CheckpointError where there is none.
     """
     if (path / WEIGHTS).exists():
@@ -421,7 +438,7 @@ def load_for_inference(path: Path, device: torch.device) -> tuple[nn.Module, Con
 
     reader = dcp.FileSystemReader(folder)
     _read(folder, reader, {f"model.{name}": tensor for name, tensor in weights.items()})
-    return model.to(device), manifest.config, manifest.format
+    return Trained(model.to(device), manifest.config, manifest.format, manifest.step)
 
 
 def _empty_model(config: Config, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -438,8 +455,9 @@ def export(source: Path, target: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    model, config, data_format = load_for_inference(source, torch.device("cpu"))
+    model, config, data_format, step = load_for_inference(source, torch.device("cpu"))
     values = {"version": FORMAT_VERSION, "config": to_dict(config), "format": vars(data_format)}
+    values["step"] = step
     values["dtype"] = str(model.embed.dtype).removeprefix("torch.")
     temporary = target.with_name(target.name + TEMPORARY)
     try:
@@ -457,7 +475,7 @@ def export(source: Path, target: Path) -> None:
         ) from None
 
 
-def _load_export(folder: Path, device: torch.device) -> tuple[nn.Module, Config, DataFormat]:
+def _load_export(folder: Path, device: torch.device) -> Trained:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -471,6 +489,10 @@ def _load_export(folder: Path, device: torch.device) -> tuple[nn.Module, Config,
         config, data_format = from_dict(values["config"]), DataFormat(**values["format"])
         model, _ = _empty_model(config, getattr(torch, values["dtype"]))
         model.load_state_dict(load_file(folder / WEIGHTS))
+        # Without a step it is of an earlier version, which took all for the run's end.
+        step = values.get("step", config.schedule.total_steps)
+        trained = Trained(model.to(device), config, data_format, step)
+        _ = trained.plan
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
         *(ConfigError, DataError, SafetensorError),
@@ -478,4 +500,4 @@ def _load_export(folder: Path, device: torch.device) -> tuple[nn.Module, Config,
         raise CheckpointError(
             f"{folder}: not as `speedrun export` of this version writes it ({reason_of(error)})"
         ) from None
-    return model.to(device), config, data_format
+    return trained

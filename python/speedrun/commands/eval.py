@@ -17,7 +17,7 @@ import torch
 from speedrun import hardware, hellaswag, train
 from speedrun.baseline_model import BaselineGPT
 from speedrun.checkpoint import load_for_inference
-from speedrun.commands.sample import add_checkpoint_arguments, at_least, plan_of
+from speedrun.commands.sample import add_checkpoint_arguments, at_least
 from speedrun.comms import Comms
 from speedrun.config import Config, ConfigError, Windows
 from speedrun.data import DataError, DataFormat
@@ -77,8 +77,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.json and not args.json.parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.parent}; make it")
     tasks = hellaswag.read_tasks(args.hellaswag)[: args.tasks] if args.hellaswag else []
-    model, config, data_format = load_for_inference(args.checkpoint, torch.device(args.device))
-    plan = plan_of(args.checkpoint, config)
+    trained = load_for_inference(args.checkpoint, torch.device(args.device))
+    model, config, data_format, _ = trained
+    plan = trained.plan
     data = None if args.skip_validation else open_validation_data(args, config, data_format)
     tokenizer = open_tokenizer(args, data_format, data)
     results = {

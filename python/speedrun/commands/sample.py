@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from speedrun.checkpoint import NAME, checkpoints_of, load_for_inference, step_of
-from speedrun.config import Config, ConfigError
+from speedrun.checkpoint import load_for_inference
+from speedrun.config import ConfigError
 from speedrun.data import DataError
 from speedrun.decode import decoder_for, generate, opening
 from speedrun.runlog import RunError
-from speedrun.schedule import Schedule, StepPlan
 from speedrun.sources import FINEWEB_FOLDER
 from speedrun.tokenizer import Tokenizer, load_tokenizer
 
@@ -79,9 +78,9 @@ def at_least(minimum: float) -> Callable[[str], float]:
 def run(args: argparse.Namespace) -> int:
     """0; 1 where the checkpoint or its tokenizer can't be used, with the reason on stderr."""
     try:
-        model, config, data_format = load_for_inference(args.checkpoint, torch.device(args.device))
+        trained = load_for_inference(args.checkpoint, torch.device(args.device))
+        model, data_format, windows = trained.model, trained.format, trained.plan.windows
         tokenizer = load_tokenizer(data_format.tokenizer, args.rank_file, FINEWEB_FOLDER)
-        windows = plan_of(args.checkpoint, config).windows
         generator = torch.Generator().manual_seed(args.seed)
         for prompt in prompts() if args.interactive else [args.prompt]:
             decoder = decoder_for(model, windows, data_format.bos_id)
@@ -94,14 +93,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print()
     return 0
-
-
-def plan_of(path: Path, config: Config) -> StepPlan:
-    """Of the step where a checkpoint was written, since windows and rotary frequencies are those of
-    a stage; of the run's end for an export."""
-    checkpoints = [path] if NAME.fullmatch(path.name) else checkpoints_of(path)
-    schedule = Schedule(config.schedule)
-    return schedule.plan(step_of(checkpoints[0]) if checkpoints else schedule.total_steps)
 
 
 def prompts() -> Iterator[str]:
