@@ -97,6 +97,7 @@ def test_screen(first_run):
     assert steps == [0, 5, 10, 15, 20]
     assert re.search(r"final val_loss \d\.\d{4}; target \d\.\d{4}, gzip -9", first_run.out)
     assert re.search(r"^kernels: torch \(adam_step, attention, .*\)$", first_run.out, re.MULTILINE)
+    assert "  text from it      speedrun sample one\n  your own" in first_run.out
     assert "next:" in first_run.out and "Traceback" not in first_run.err
 
 

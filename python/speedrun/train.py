@@ -22,6 +22,7 @@ from speedrun import hardware, recipes, trackers
 from speedrun.autosave import Checkpoints, Start, describe, find_start
 from speedrun.baseline_model import BaselineGPT
 from speedrun.batch import MicroBatch
+from speedrun.checkpoint import checkpoints_of
 from speedrun.comms import Comms
 from speedrun.config import BaselineConfig, Config, ConfigError, to_dict
 from speedrun.config_check import check
@@ -318,13 +319,15 @@ def finish(config: Config, data: DataSource, log: RunLog) -> None:
         log.say(f"loss curve: {plot_loss(log.folder, config.name, target)}")
     except ImportError:
         log.say("no loss curve: matplotlib is missing (pip install 'nanogpt-speedrun[cli]')")
-    log.say(NEXT_STEPS.format(recipe=config.name, folder=log.folder))
+    sample = f"  text from it      speedrun sample {log.folder}\n"
+    sample *= bool(checkpoints_of(log.folder))
+    log.say(NEXT_STEPS.format(recipe=config.name, folder=log.folder, sample=sample))
     log.end()
     log.close()
 
 
 NEXT_STEPS = """next:
-  your own text     speedrun train --recipe tiny --text FILE
+{sample}  your own text     speedrun train --recipe tiny --text FILE
   what it computes  speedrun explain --recipe {recipe}
   worth of a part   speedrun ablate --recipe {recipe}
   two processes     torchrun --standalone --nproc_per_node=2 -m speedrun.train --recipe {recipe}
