@@ -11,11 +11,13 @@ from recorded_graphs import RecordedGraphs
 from speedrun.batch import MicroBatch
 from speedrun.comms import Comms
 from speedrun.config import AdamRow, AttentionConfig, HeadConfig, LayerSpec, Stage
+from speedrun.data import BatchShape
 from speedrun.model import GPT
 from speedrun.nonfinite import find
 from speedrun.optim import Optimizer
 from speedrun.passes import PassGraphs, forward_backward
 from speedrun.schedule import Schedule
+from speedrun.sources import made_up_batch
 from speedrun.step_graph import StepGraphs
 from train_helpers import make_batch, small_config
 
@@ -127,6 +129,14 @@ def test_cuda_graphs(fp8):
     assert [x.item() for x in replayed_losses] == [x.item() for x in losses]
     for found, expected in zip(replayed_state, state, strict=True):
         assert_same_bits(found.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize(("tokens", "starts"), [(40, [0, 16, 32, 40, 40]), (9, [0, 9, 9, 9, 9])])
+def test_the_warm_up_has_documents_as_training_has(tokens, starts):
+    """None longer than the stage allows, so that its graphs are those of training."""
+    made_up = made_up_batch(BASE, BatchShape(1, tokens, 16, 5), 29, world_size=4, seed=0)
+    assert made_up.inputs.shape == (2, tokens)
+    assert made_up.cu_seqlens.tolist() == [starts, starts]
 
 
 def test_who_watches_operators_sees_a_pass():

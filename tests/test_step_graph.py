@@ -1,5 +1,6 @@
 """The optimizer's step as a graph: launches once recorded do the work of every later step."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -12,6 +13,7 @@ from speedrun.comms import Comms
 from speedrun.config import AdamRow, MuonRow, OptimConfig
 from speedrun.optim import Optimizer
 from speedrun.schedule import Schedule
+from speedrun.step_graph import StepGraphs
 from train_helpers import SPLIT_PLANS, add_gradients, normal
 
 PLANS = Schedule(dataclasses.replace(SPLIT_PLANS.config, num_steps=12))  # split behind step 5
@@ -92,3 +94,31 @@ def test_a_constant_of_the_host_is_noticed():
     assert x.tolist() == [2.0, 2.0]
     with pytest.raises(AssertionError, match="the host reads a number"), Recording():
         x[0].item()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("not permitted"), r"captured .*\(not permitted\).* --set some=false"),
+        (torch.OutOfMemoryError("400 MiB"), "^400 MiB$"),
+    ],
+)
+def test_what_cannot_be_captured_says_how_to_go_on(monkeypatch, error, message):
+    """The work of a kind's second run fails, as what waits for the device does."""
+
+    @contextlib.contextmanager
+    def graph(*args, **options):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    graphs, errors = StepGraphs("some"), iter([None, error])
+
+    def work():
+        if found := next(errors):
+            raise found
+
+    graphs.run("kind", work)
+    with pytest.raises(RuntimeError, match=message):
+        graphs.run("kind", work)
