@@ -57,10 +57,7 @@ def _by_our_names(p: Mapping[str, Tensor], shapes: Mapping[str, tuple]) -> dict[
     }
     banks = {"qk_bank": p["qk_bank"], "vo_bank": p["vo_bank"]}
     banks |= {"mlp_bank": p["mlp_bank"].flatten(0, 1), "ve_gate": p["ve_gate_bank"]}
-    for (
-        name,
-        bank,
-    ) in banks.items():  # padding behind; of the gates the last layer's, which is MUDD's
+    for name, bank in banks.items():  # behind ours: padding, and the gate that MUDD's layer has
         found[name] = bank[: shapes[name][0]]
     nets = {"gate_pre": ("mudd_gate", 0), "gate_post": ("mudd_gate", 1)}
     nets |= {"mudd_layer": ("mudd", 0), "mudd_out": ("mudd", 1)}

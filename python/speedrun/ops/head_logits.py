@@ -146,7 +146,8 @@ def add_target_rows_(dx_TD: Tensor, w_VD: Tensor, targets_TM: Tensor, sides_TM: 
 def add_target_columns_(
     dw_DV: Tensor, x_TD: Tensor, targets_TM: Tensor, sides_TM: Tensor
 ) -> Tensor:
-    """dW[:, targets[t, m]] += sides[t, m]·x[t] in place, in fp32, in a fixed order; returns dW.
+    """dW[:, targets[t, m]] += sides[t, m]·x[t] in place, in fp32; returns dW. On a GPU the order of
+    the sums is fixed only under torch.use_deterministic_algorithms, as `index_add_` has it.
 
     dw_DV (D, V) float32, x_TD (T, D) bf16, targets_TM (T, M) int64, sides_TM (T, M) float32, all
     contiguous. Source: as for `head_logits`.

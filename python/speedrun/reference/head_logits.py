@@ -143,7 +143,7 @@ def add_target_rows_(dx_TD: Tensor, w_VD: Tensor, targets_TM: Tensor, sides_TM: 
 def add_target_columns_(
     dw_DV: Tensor, x_TD: Tensor, targets_TM: Tensor, sides_TM: Tensor
 ) -> Tensor:
-    """Column target[t, m] of dW += side[t, m]·x[t], in place, in the order of t; returns dW."""
+    """Column target[t, m] of dW += side[t, m]·x[t], in place; returns dW."""
     for targets_T, sides_T in zip(targets_TM.unbind(1), sides_TM.unbind(1), strict=True):
         sources = x_TD.to(dw_DV.dtype) * sides_T[:, None].to(dw_DV.dtype)
         dw_DV.mT.index_add_(0, targets_T.clamp(min=0), sources)
