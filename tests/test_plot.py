@@ -1,12 +1,13 @@
 """`speedrun plot`: which runs are one curve, what is drawn of them, and what is refused."""
 
+import itertools
 import json
 import math
 import sys
 
 import pytest
 
-from record_helpers import public_log, without_slow_facts, write_run
+from record_helpers import UNTRAINED, public_log, without_slow_facts, write_run
 from speedrun import cli, plot
 from speedrun.curves import curves_of
 from speedrun.record_logs import LogError, read_all
@@ -44,11 +45,14 @@ def test_seeds_are_one_curve(folder):
         write_run(folder / f"s{seed}", seed, 3.27 + 0.001 * seed)
     write_run(folder / "lr", 0, 3.2, config__optim__adam__lr=0.5)
     write_run(folder / "src", 0, 3.1, sources={"train.py": "other"})
-    seeds, lr, sources = curves("s0", "s1", "s2", "lr", "src", "s1")  # s1 twice counts once
+    write_run(folder / "gpu", 0, 3.1, device="other GPU")
+    runs = ("s0", "s1", "s2", "lr", "src", "gpu", "s1")  # s1 twice counts once
+    seeds, lr, sources, device = curves(*runs)
     assert len(seeds.runs) == 3 and "record_089" in seeds.label
     assert "mean and range, n=3" in seeds.label
     assert "optim.adam.lr=0.5" in lr.label and lr.label.startswith("lr ")
     assert "sources=" in sources.label and "n=" not in sources.label
+    assert "device=other GPU" in device.label
     assert seeds.means()[-1].loss == pytest.approx(3.271)
     assert [row[-1] for row in seeds.ranges()] == [3.27, pytest.approx(3.272)]
     assert seeds.target == 3.28
@@ -127,6 +131,27 @@ def test_panels(folder, drawn):
         assert panel.get_ylim()[1] < 4.5  # the untrained model's loss of 10.8 leaves no room
     names = [text.get_text() for text in panels[0].figure.legends[0].get_texts()]
     assert len(names) == 3 and "n=2" in names[0] and names[2] == "target 3.28"
+
+
+def test_units():
+    """Of an axis by its label."""
+    sizes = {"thousands": 1e3, "millions": 1e6, "billions": 1e9, "minutes": 60, "(s)": 1, "step": 1}
+    for _, unit, label in itertools.chain.from_iterable(plot.UNITS.values()):
+        assert unit == next(size for word, size in sizes.items() if word in label)
+
+
+@pytest.mark.parametrize("losses", [(3.4, float("nan")), (float("nan"), float("nan"))])
+def test_a_run_that_diverged(folder, drawn, losses):
+    """Its curve has a gap; the panels begin and end where there are numbers."""
+    lines = [f"step:0/10 val_loss:{UNTRAINED:.4f} train_time:0ms step_avg:nanms"]
+    for step, loss in zip((5, 10), losses, strict=True):
+        lines.append(f"step:{step}/10 val_loss:{loss:.4f} train_time:{step}00ms step_avg:100ms")
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    code, panels, _, _ = drawn("log.txt", "--target", 3.28)
+    assert code == 0
+    for panel in panels:
+        low, high = panel.get_ylim()
+        assert low < 3.28 < high < 4
 
 
 def test_options(folder, drawn):

@@ -75,7 +75,8 @@ def known_axes(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 def _default_range(curves: Sequence[Curve], targets: Sequence[float]) -> tuple[float, float]:
     seen = [loss for curve in curves for row in curve.ranges() for loss in row[1:] or row]
-    low, high = min([*seen, *targets]), max([*seen, *targets])
+    shown = [loss for loss in [*seen, *targets] if math.isfinite(loss)] or [0.0]
+    low, high = min(shown), max(shown)
     margin = 0.05 * (high - low) or 0.1
     return low - margin, high + margin
 
