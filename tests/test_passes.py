@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
 
 from numerics import assert_same_bits
 from recorded_graphs import RecordedGraphs
+from speedrun import cli
 from speedrun.batch import MicroBatch
 from speedrun.comms import Comms
 from speedrun.config import AdamRow, AttentionConfig, HeadConfig, LayerSpec, Stage
@@ -19,7 +21,7 @@ from speedrun.passes import PassGraphs, forward_backward
 from speedrun.schedule import Schedule
 from speedrun.sources import made_up_batch
 from speedrun.step_graph import StepGraphs
-from train_helpers import make_batch, small_config
+from train_helpers import make_batch, small_config, tiny_sets, write_text
 
 CPU = torch.device("cpu")
 BASE = small_config()
@@ -161,3 +163,14 @@ def test_a_document_longer_than_the_plan_says():
     batch = dataclasses.replace(next(batches_of(plan)), max_seqlen=17)
     with pytest.raises(ValueError, match=r"a document of 17 tokens, .* max_seq_len=16"):
         forward_backward(model, optimizer, [batch], plan, None, graphs)
+
+
+@pytest.mark.parametrize("setting", ["cuda_graph", "optim.cuda_graph"])
+def test_a_run_without_a_gpu_says_that_there_are_no_graphs(tmp_path, monkeypatch, capsys, setting):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text.txt")
+    sets = tiny_sets(**{setting: "true", "schedule__num_steps": 2, "schedule__val_interval": 2})
+    words = ["--text", "text.txt", "--out", "run", "--device", "cpu", "--keep", "0", *sets]
+    with warnings.catch_warnings():  # train has a way of its own to show them
+        assert cli.main(["train", *words]) == 0
+    assert "cuda_graph is for GPUs" in capsys.readouterr().out

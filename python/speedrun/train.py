@@ -224,6 +224,8 @@ def start_log(
         log.say(f"goes on at step {start.step}, from {start.checkpoint}")
     for obstacle in obstacles:
         log.say(f"no record: {obstacle}")
+    if run.device.type == "cpu" and (config.cuda_graph or config.optim.cuda_graph):
+        log.say("cuda_graph is for GPUs: here every launch is made by itself")
     if config.data.repeat:
         log.say("data.repeat is on: after the last shard the token stream starts again")
     return log
