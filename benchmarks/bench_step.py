@@ -241,6 +241,7 @@ def show_comparison(args: argparse.Namespace, facts: dict) -> dict:
     config = apply_overrides(recipes.load(args.recipe), args.set)
     options = [f"--recipe={args.recipe}", f"--device={args.device}", f"--compile={args.compile}"]
     options += [f"--set={change}" for change in args.set]
+    side_by_side.check_peer(args.peer)
     folder = Path(args.out or tempfile.mkdtemp(prefix="bench_step_")).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out {folder}: isn't empty; name another folder")
@@ -262,10 +263,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.bench_step", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--recipe", default="record_089")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    side_by_side.add_arguments(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of token shards")
-    parser.add_argument("--compile", default="auto", help="as of speedrun train (auto)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each stage (5)")
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="modded-nanogpt's, beside ours")
     parser.add_argument(
@@ -273,10 +272,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --peer: for both outputs")
     parser.add_argument("--timelines", type=Path, metavar="DIR", help="keep chrome traces there")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1")

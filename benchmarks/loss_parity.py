@@ -23,11 +23,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from benchmarks import peer_program, report
 from benchmarks.side_by_side import (
     ShortSchedule,
+    add_arguments,
     check_peer,
     our_arguments,
     peer_arguments,
@@ -220,13 +219,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for all runs")
     parser.add_argument("--steps", type=steps_of, default=(200, 50, 50, 50), help="200,50,50,50")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each (2)")
-    parser.add_argument("--recipe", default="record_089")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--compile", default="auto", help="as of speedrun train (auto)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: at least 1")

@@ -11,6 +11,7 @@ A stage's first stretch isn't counted: the first of the run has the prefix table
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -29,6 +30,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks import peer_program
 from benchmarks.report import ROOT
@@ -241,6 +243,17 @@ def started(name: str, folder: Path, arguments: list[str]) -> Iterator[Program]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         ours.close()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of programs that run our training: what is trained, how, and where the results go."""
+    parser.add_argument("--recipe", default="record_089")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--compile", default="auto", help="as of speedrun train (auto)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def our_arguments(words: list[str], *options: str) -> list[str]:
