@@ -137,8 +137,7 @@ def add_target_rows_(dx_TD: Tensor, w_VD: Tensor, targets_TM: Tensor, sides_TM: 
     op, device = "add_target_rows_", dx_TD.device
     check_tensor(f"{op}: dx_TD", dx_TD, dx_TD.shape, BF16, device)
     check_tensor(f"{op}: w_VD", w_VD, (w_VD.shape[0], dx_TD.shape[1]), BF16, device)
-    _check_targets(op, targets_TM, len(dx_TD), device)
-    check_tensor(f"{op}: sides_TM", sides_TM, targets_TM.shape, FP32, device)
+    _check_targets(op, targets_TM, len(dx_TD), device, sides_TM)
     torch.ops.speedrun.head_add_target_rows_(dx_TD, w_VD, targets_TM, sides_TM)
     return dx_TD
 
@@ -155,17 +154,24 @@ def add_target_columns_(
     op, device = "add_target_columns_", x_TD.device
     check_tensor(f"{op}: x_TD", x_TD, x_TD.shape, BF16, device)
     check_tensor(f"{op}: dw_DV", dw_DV, (x_TD.shape[1], dw_DV.shape[1]), FP32, device)
-    _check_targets(op, targets_TM, len(x_TD), device)
-    check_tensor(f"{op}: sides_TM", sides_TM, targets_TM.shape, FP32, device)
+    _check_targets(op, targets_TM, len(x_TD), device, sides_TM)
     torch.ops.speedrun.head_add_target_columns_(dw_DV, x_TD, targets_TM, sides_TM)
     return dw_DV
 
 
-def _check_targets(op: str, targets_TM: Tensor, num_tokens: int, device: torch.device) -> None:
+def _check_targets(
+    op: str,
+    targets_TM: Tensor,
+    num_tokens: int,
+    device: torch.device,
+    sides_TM: Tensor | None = None,
+) -> None:
     if targets_TM.dim() != 2:
         raise ValueError(f"{op}: targets_TM must be (T, M), got {tuple(targets_TM.shape)}")
     shape = (num_tokens, targets_TM.shape[1])
     check_tensor(f"{op}: targets_TM", targets_TM, shape, torch.int64, device)
+    if sides_TM is not None:
+        check_tensor(f"{op}: sides_TM", sides_TM, shape, FP32, device)
 
 
 # ---- Operators -------------------------------------------------------------------------------
