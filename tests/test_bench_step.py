@@ -1,5 +1,6 @@
 """The step benchmark's dry run on a CPU: what is watched of a training run, and what it reports."""
 
+import dataclasses
 import gzip
 import json
 
@@ -12,7 +13,7 @@ from benchmarks.step_probe import Figures, KernelCost, Profile
 from speedrun import recipes
 from speedrun.estimate import Precision
 from speedrun.schedule import Schedule
-from train_helpers import tiny_sets
+from train_helpers import small_config, tiny_sets
 
 ROUNDS = 2
 
@@ -50,6 +51,19 @@ def test_stages_and_validation(report):
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["median_ms"] * 1e3)
         assert row["busy_ms"] is None and row["roof_frac"] is None  # on a CPU, in float32
     assert report[0]["data"] == "made up" and report[0]["torch"] == torch.__version__
+
+
+def test_a_round_is_of_one_step():
+    """By a clock that only steps move: lead-in, then rounds of as many steps as Adam's interval."""
+    config = dataclasses.replace(small_config().schedule, adam_interval=2)
+    probe = step_probe.Probe(Schedule(config), torch.device("cpu"), ROUNDS, None)
+    now = 0.0
+    probe._now = lambda: now
+    for step in range(2 * (step_probe.LEAD_IN + ROUNDS)):
+        probe._begin()
+        now += step
+        probe._end()
+    assert probe.stages[0].rounds_ms == [2500.0, 4500.0]
 
 
 def test_kernels_of_a_stage(report):
@@ -124,5 +138,8 @@ def test_least_time_of_the_records_products():
     assert seconds(1e30, 1e12) == pytest.approx(131_072 * (head + mlp) / 1e12)
     both = seconds(1e12, 1e12)
     assert seconds(1e12, 1e30) == pytest.approx(both - seconds(1e30, 1e12))
+    wide = plan.windows._replace(long=2 * plan.windows.long)
+    plan = dataclasses.replace(plan, windows=wide)
+    assert seconds(1e12, 1e12) > both  # attention counts
     # Twice as much for FLOPs in 16 bits: all of the MLP's backward, attention, and the optimizer.
     assert seconds(1e12, 1e30) > 131_072 * 2 * mlp / 1e12

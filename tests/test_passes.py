@@ -133,9 +133,13 @@ def test_cuda_graphs(fp8):
         assert_same_bits(found.cpu(), expected.cpu())
 
 
-@pytest.mark.parametrize(("tokens", "starts"), [(40, [0, 16, 32, 40, 40]), (9, [0, 9, 9, 9, 9])])
+@pytest.mark.parametrize(
+    ("tokens", "starts"),
+    [(40, [0, 16, 32, 40, 40]), (9, [0, 9, 9, 9, 9]), (70, [0, 16, 32, 48, 70])],
+)
 def test_the_warm_up_has_documents_as_training_has(tokens, starts):
-    """None longer than the stage allows, so that its graphs are those of training."""
+    """None longer than the stage allows, so that its graphs are those of training; but the last
+    one, of a part for whose documents there are too few entries."""
     made_up = made_up_batch(BASE, BatchShape(1, tokens, 16, 5), 29, world_size=4, seed=0)
     assert made_up.inputs.shape == (2, tokens)
     assert made_up.cu_seqlens.tolist() == [starts, starts]

@@ -181,15 +181,27 @@ def test_a_program_that_fails_is_quoted(tmp_path):
             program.wait_for_turn()
 
 
+def wait_until(condition):
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(condition)
+
+
 def test_sigterm_ends_what_was_started(tmp_path):
-    arguments = ["timeit", "-n1", "-r1", "__import__('time').sleep(60)"]
-    before = signal.getsignal(signal.SIGTERM)
+    """With its children."""
+    child = "__import__('os').system('echo $$ > child; exec sleep 60')"
+    before, pid = signal.getsignal(signal.SIGTERM), tmp_path / "peer" / "child"
     with pytest.raises(SystemExit):
+        arguments = ["timeit", "-n1", "-r1", child]
         with side_by_side.started("peer", tmp_path / "peer", arguments) as program:
-            assert program.process.poll() is None
+            wait_until(lambda: pid.exists() and pid.read_text())
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
     assert program.process.poll() == -signal.SIGKILL
+    command = Path("/proc", pid.read_text().strip(), "cmdline")
+    wait_until(lambda: not command.exists() or not command.read_bytes())  # gone, or to be reaped
     assert signal.getsignal(signal.SIGTERM) is before
 
 

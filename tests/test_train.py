@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,6 +292,24 @@ def test_gradient_of_a_step(ranks, group):
     assert total == pytest.approx(loss.item(), rel=1e-6)  # each rank's sum is float32
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **FLOAT64_NOISE)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "one"])
+def test_the_warm_up_computes_what_training_does(monkeypatch, tokenizer):
+    """With a prefix term where training has one, though the table is made when the clock runs."""
+    config, seen = small_config(), []
+    monkeypatch.setattr(program, "forward_backward", lambda *args: seen.append(args[4]))
+    monkeypatch.setattr(program, "evaluate", lambda *args: None)
+    optimizer = SimpleNamespace(snapshot=list, restore=list, step=lambda plan: None)
+    data = SimpleNamespace(format=SimpleNamespace(vocab_size=29))
+    run = program.Run(Comms(), torch.device("cpu"), torch.float32)
+    program.warm_up(None, optimizer, Schedule(config.schedule), config, data, run, tokenizer, None)
+    assert len(seen) == 3 * config.schedule.adam_interval
+    for table in seen:
+        if tokenizer is None:
+            assert table is None
+        else:
+            assert table.tolist() == [-1] * config.model.padded_vocab_size
 
 
 @pytest.mark.parametrize("isolate", [False, True])
