@@ -10,6 +10,7 @@ from speedrun.checkpoint import Trained
 from speedrun.commands import sample
 from speedrun.data import BYTES, GPT2
 from speedrun.runlog import RunError
+from speedrun.schedule import Schedule
 from test_record_model import RECORD, random_model
 from train_helpers import small_config, verb_on
 
@@ -51,6 +52,18 @@ def test_ends_with_the_document(write, model, monkeypatch):
     assert write(*words)[1] == "bdé\N{REPLACEMENT CHARACTER}\n"
     assert write(*words, "--tokens", "2")[1] == "bd\N{REPLACEMENT CHARACTER}\n"
     assert seen[0] == ([BYTES.bos_id] * 4 + [ord("b")], 0.5, 7)
+
+
+@pytest.mark.parametrize("step", [4, END])
+def test_windows_are_of_the_models_step(write, model, monkeypatch, step):
+    """A model of the first stage was trained with that stage's."""
+    seen, make = [], sample.decoder_for
+    monkeypatch.setattr(
+        sample, "decoder_for", lambda m, windows, bos: seen.append(windows) or make(m, windows, bos)
+    )
+    trained = Trained(model, CONFIG, BYTES, step)
+    assert write("--tokens", "1", load=lambda path, device: trained)[0] == 0
+    assert seen == [Schedule(CONFIG.schedule).plan(step).windows]
 
 
 def test_interactive(write, monkeypatch):
