@@ -341,7 +341,7 @@ def test_opcheck():
     x, w = fp8_operands()
     plain, operators = (x.to(BF16), w.to(BF16)), torch.ops.speedrun
     arguments = (x, w, *SCALES, *SOFTCAP)
-    logits = operators.head_logits(*arguments)
+    logits = operators.head_logits(*arguments, "torch")
     terms = (*logits, *plain, x, w, *SCALES, targets(), WEIGHTS, *SOFTCAP)
     sides = normal(T, M).float()
     calls = {
@@ -356,7 +356,7 @@ def test_opcheck():
         ),
     }
     for operator, call in calls.items():
-        torch.library.opcheck(operator.default, call, test_utils=tests)
+        torch.library.opcheck(operator.default, (*call, "torch"), test_utils=tests)
 
 
 def test_refusals():

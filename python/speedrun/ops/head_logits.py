@@ -8,10 +8,10 @@ then on at the targets, and sides[t, m] there. The products of g with W and x ar
 `add_target_rows_` and `add_target_columns_` add the sides. `head_loss(.., form="fused")` is all of
 it.
 
-There are no kernels yet: the reference serves on every device, in chunks of rows, so that this is
-for its numbers and its memory, not for speed. Everything is in fp32 behind the products. Nothing
-waits for the host, and shapes don't depend on data. A target of −1 counts nothing; V or more is an
-error.
+Kernels are the stem head_logits for all four; of the reference, in chunks of rows, are all other
+calls. Everything is in fp32 behind the products. Nothing waits for the host, and shapes don't
+depend on data. A target of −1 counts nothing; V or more is an error, of which kernels make the loss
+NaN.
 
 Errors: TypeError for a wrong type, ValueError for a wrong shape, layout, device or number. No
 gradients: they are made here.
@@ -19,10 +19,14 @@ gradients: they are made here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from speedrun.ops._checks import check_tensor
+from speedrun.ops._dispatch import choose
+from speedrun.ops._hopper import has_e4m3, is_aligned, is_hopper
 from speedrun.ops._library import define
 from speedrun.ops.softcap_ce import rows_at_once
 from speedrun.reference import head_logits as reference
@@ -49,6 +53,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # e5m2 has numbers for g down to 2^-32 of its largest, so that logits more than 20 below `a` vanish
 # from a gradient; with a = 23 these are too small to matter whatever the others are.
 LARGEST_SOFTCAP = 32.0
+MOST_TARGETS = 8  # of a position, in kernels
 
 
 def head_logits(
@@ -75,10 +80,16 @@ def head_logits(
         )
     check_tensor(f"{op}: x_f8_TD", x_f8_TD, x_f8_TD.shape, E4M3, device)
     check_tensor(f"{op}: w_f8_VD", w_f8_VD, w_f8_VD.shape, E4M3, device)
-    for name, scale in (("x_scale", x_scale), ("w_scale", w_scale)):
-        check_tensor(f"{op}: {name}", scale.reshape(()), (), FP32, device)
+    _check_scales(op, x_scale, w_scale, device)
     check_softcap(op, a, c)
-    return HeadLogits(*torch.ops.speedrun.head_logits(x_f8_TD, w_f8_VD, x_scale, w_scale, a, b, c))
+    operands = (x_f8_TD, w_f8_VD)
+    sizes = (*x_f8_TD.shape, len(w_f8_VD))
+    served = all(size > 0 and size % 16 == 0 for size in sizes) and is_hopper(device)
+    served = served and all(map(is_aligned, operands))
+    cuda_kernel = "head_logits_out" if served else ""
+    backend = choose(op, device, cuda_kernel=cuda_kernel, triton=has_e4m3(device))
+    found = torch.ops.speedrun.head_logits(*operands, x_scale, w_scale, a, b, c, backend)
+    return HeadLogits(*found)
 
 
 def check_softcap(op: str, a: float, c: float) -> None:
@@ -123,9 +134,11 @@ def target_terms_(
     check_tensor(f"{op}: g_VT", logits.g_VT, (num_columns, num_tokens), E5M2, device)
     _check_targets(op, targets_TM, num_tokens, device)
     check_tensor(f"{op}: weights_M", weights_M, targets_TM.shape[1:], FP32, device)
-    arguments = (*logits, x_TD, w_VD, x_f8_TD, w_f8_VD, x_scale, w_scale)
-    found = torch.ops.speedrun.head_target_terms_(*arguments, targets_TM, weights_M, a, b, c)
-    return TargetTerms(*found)
+    _check_scales(op, x_scale, w_scale, device)
+    operands = (x_TD, w_VD, x_f8_TD, w_f8_VD)
+    backend = _choose("head_target_terms_out", targets_TM, *operands, triton=has_e4m3(device))
+    arguments = (*logits, *operands, x_scale, w_scale, targets_TM, weights_M, a, b, c)
+    return TargetTerms(*torch.ops.speedrun.head_target_terms_(*arguments, backend))
 
 
 def add_target_rows_(dx_TD: Tensor, w_VD: Tensor, targets_TM: Tensor, sides_TM: Tensor) -> Tensor:
@@ -138,15 +151,17 @@ def add_target_rows_(dx_TD: Tensor, w_VD: Tensor, targets_TM: Tensor, sides_TM: 
     check_tensor(f"{op}: dx_TD", dx_TD, dx_TD.shape, BF16, device)
     check_tensor(f"{op}: w_VD", w_VD, (w_VD.shape[0], dx_TD.shape[1]), BF16, device)
     _check_targets(op, targets_TM, len(dx_TD), device, sides_TM)
-    torch.ops.speedrun.head_add_target_rows_(dx_TD, w_VD, targets_TM, sides_TM)
+    backend = _choose("head_add_target_rows_out", targets_TM, dx_TD, w_VD)
+    torch.ops.speedrun.head_add_target_rows_(dx_TD, w_VD, targets_TM, sides_TM, backend)
     return dx_TD
 
 
 def add_target_columns_(
     dw_DV: Tensor, x_TD: Tensor, targets_TM: Tensor, sides_TM: Tensor
 ) -> Tensor:
-    """dW[:, targets[t, m]] += sides[t, m]·x[t] in place, in fp32; returns dW. On a GPU the order of
-    the sums is fixed only under torch.use_deterministic_algorithms, as `index_add_` has it.
+    """dW[:, targets[t, m]] += sides[t, m]·x[t] in place, in fp32; returns dW. Kernels sum in a
+    fixed order; the reference does on a GPU only under torch.use_deterministic_algorithms, as
+    `index_add_` has it.
 
     dw_DV (D, V) float32, x_TD (T, D) bf16, targets_TM (T, M) int64, sides_TM (T, M) float32, all
     contiguous. Source: as for `head_logits`.
@@ -155,8 +170,30 @@ def add_target_columns_(
     check_tensor(f"{op}: x_TD", x_TD, x_TD.shape, BF16, device)
     check_tensor(f"{op}: dw_DV", dw_DV, (x_TD.shape[1], dw_DV.shape[1]), FP32, device)
     _check_targets(op, targets_TM, len(x_TD), device, sides_TM)
-    torch.ops.speedrun.head_add_target_columns_(dw_DV, x_TD, targets_TM, sides_TM)
+    fits = dw_DV.shape[1] % 4 == 0
+    kernel = "head_add_target_columns_out" if fits else ""
+    backend = _choose(kernel, targets_TM, x_TD, dw_DV)
+    torch.ops.speedrun.head_add_target_columns_(dw_DV, x_TD, targets_TM, sides_TM, backend)
     return dw_DV
+
+
+def _choose(cuda_kernel: str, targets_TM: Tensor, *tensors: Tensor, triton: bool = True) -> str:
+    """The backend of what has a part for each target; the first of `tensors` is (T, D)."""
+    num_targets, dim = targets_TM.shape[1], tensors[0].shape[1]
+    served = 0 < num_targets <= MOST_TARGETS and dim % 8 == 0
+    # Rows follow from the sizes: what is left to ask is where each tensor starts.
+    served = served and all(x.numel() > 0 and is_aligned(x.view(-1)) for x in tensors)
+    return choose(
+        "head_logits",
+        targets_TM.device,
+        cuda_kernel=cuda_kernel if served else "",
+        triton=triton and num_targets <= MOST_TARGETS,
+    )
+
+
+def _check_scales(op: str, x_scale: Tensor, w_scale: Tensor, device: torch.device) -> None:
+    for name, scale in (("x_scale", x_scale), ("w_scale", w_scale)):
+        check_tensor(f"{op}: {name}", scale.reshape(()), (), FP32, device)
 
 
 def _check_targets(
@@ -178,6 +215,17 @@ def _check_targets(
 # Behind one also the reference: a compiler would leave out its rounding to e5m2.
 
 
+def _kernel(backend: str, name: str) -> Callable[..., None]:
+    """What writes into outputs that it is given."""
+    if backend == "torch":
+        return _REFERENCES[name]
+    if backend == "cuda":
+        return getattr(torch.ops.speedrun, name)
+    from speedrun.triton_kernels import head_logits as kernels
+
+    return getattr(kernels, name)
+
+
 def _empty_logits(x: Tensor, w: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     blocks = -(-w.shape[0] // BLOCK_COLUMNS)
     return (
@@ -187,10 +235,17 @@ def _empty_logits(x: Tensor, w: Tensor, *arguments) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def _head_logits(x: Tensor, w: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _head_logits(x, w, x_scale, w_scale, a, b, c, backend) -> tuple[Tensor, Tensor, Tensor]:
+    outs = _empty_logits(x, w)
+    more = (factor_scale(a),) if backend == "triton" else ()  # its file may not import this
+    _kernel(backend, "head_logits_out")(x, w, x_scale, w_scale, a, b, c, *outs, *more)
+    return outs
+
+
+def _head_logits_out(x: Tensor, w: Tensor, *arguments) -> None:
+    *others, sums, g, g_t = arguments
     rows = rows_at_once(w.shape[0], w.device)
-    sums, g, g_t = reference.head_logits(x, w, *arguments, rows=rows)
-    return sums, g, g_t
+    reference.head_logits(x, w, *others, rows=rows, out=HeadLogits(sums, g, g_t))
 
 
 def _empty_terms(sums: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,38 +253,83 @@ def _empty_terms(sums: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     return sums.new_empty(rows), sums.new_empty(rows), sums.new_empty(targets.shape)
 
 
-def _target_terms_(sums: Tensor, g: Tensor, g_t: Tensor, *arguments) -> tuple[Tensor, ...]:
-    return tuple(reference.target_terms_(HeadLogits(sums, g, g_t), *arguments))
+def _target_terms_(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *of_reference, backend = arguments
+    outs = _empty_terms(*of_reference)
+    _kernel(backend, "head_target_terms_out")(*of_reference, *outs)
+    return outs
 
 
-def _add_rows_(*arguments: Tensor) -> None:
-    reference.add_target_rows_(*arguments)
+def _target_terms_out(sums: Tensor, g: Tensor, g_t: Tensor, *arguments) -> None:
+    *others, loss, rows, sides = arguments
+    found = reference.target_terms_(HeadLogits(sums, g, g_t), *others)
+    for out, result in zip((loss, rows, sides), found, strict=True):
+        out.copy_(result)
 
 
-def _add_columns_(*arguments: Tensor) -> None:
-    reference.add_target_columns_(*arguments)
+def _add_rows_(dx: Tensor, w: Tensor, targets: Tensor, sides: Tensor, backend: str) -> None:
+    _kernel(backend, "head_add_target_rows_out")(w, targets, sides, dx)
 
 
+def _add_rows_out(w: Tensor, targets: Tensor, sides: Tensor, dx: Tensor) -> None:
+    reference.add_target_rows_(dx, w, targets, sides)
+
+
+def _add_columns_(dw: Tensor, x: Tensor, targets: Tensor, sides: Tensor, backend: str) -> None:
+    if backend == "torch":
+        reference.add_target_columns_(dw, x, targets, sides)
+    else:
+        keys, order = targets.view(-1).int().sort(stable=True)
+        _kernel(backend, "head_add_target_columns_out")(x, keys, order, sides, dw)
+
+
+_REFERENCES = {
+    "head_logits_out": _head_logits_out,
+    "head_target_terms_out": _target_terms_out,
+    "head_add_target_rows_out": _add_rows_out,
+}
+_SOFTCAP = "float a, float b, float c"
+_TERMS = (
+    "Tensor sums, Tensor(a!) g, Tensor(b!) g_t, Tensor x, Tensor w, Tensor x_f8, Tensor w_f8, "
+    f"Tensor x_scale, Tensor w_scale, Tensor targets, Tensor weights, {_SOFTCAP}"
+)
 define(
-    "head_logits(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, float a, float b, float c) "
+    f"head_logits(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, {_SOFTCAP}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_empty_logits,
     python=_head_logits,
 )
 define(
-    "head_target_terms_(Tensor sums, Tensor(a!) g, Tensor(b!) g_t, Tensor x, Tensor w, "
-    "Tensor x_f8, Tensor w_f8, Tensor x_scale, Tensor w_scale, Tensor targets, Tensor weights, "
-    "float a, float b, float c) -> (Tensor, Tensor, Tensor)",
+    f"head_target_terms_({_TERMS}, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_empty_terms,
     python=_target_terms_,
 )
 define(
-    "head_add_target_rows_(Tensor(a!) dx, Tensor w, Tensor targets, Tensor sides) -> ()",
+    "head_add_target_rows_(Tensor(a!) dx, Tensor w, Tensor targets, Tensor sides, str backend) "
+    "-> ()",
     fake=lambda *arguments: None,
     python=_add_rows_,
 )
 define(
-    "head_add_target_columns_(Tensor(a!) dw, Tensor x, Tensor targets, Tensor sides) -> ()",
+    "head_add_target_columns_(Tensor(a!) dw, Tensor x, Tensor targets, Tensor sides, str backend) "
+    "-> ()",
     fake=lambda *arguments: None,
     python=_add_columns_,
 )
+# The raw kernels, which _C implements for CUDA.
+_RAW = {
+    "head_logits_out": f"Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, {_SOFTCAP}, "
+    "Tensor(a!) sums, Tensor(b!) g, Tensor(c!) g_t",
+    "head_target_terms_out": f"{_TERMS}, Tensor(c!) loss, Tensor(d!) rows, Tensor(e!) sides",
+    "head_add_target_rows_out": "Tensor w, Tensor targets, Tensor sides, Tensor(a!) dx",
+    # keys: the targets (T·M,) int32, sorted; order: where each was, int64; of equal ones the first
+    # comes first.
+    "head_add_target_columns_out": "Tensor x, Tensor keys, Tensor order, Tensor sides, "
+    "Tensor(a!) dw",
+}
+for _name, _arguments in _RAW.items():
+    define(
+        f"{_name}({_arguments}) -> ()",
+        fake=lambda *arguments: None,
+        cpu=_REFERENCES.get(_name),
+    )

@@ -65,13 +65,18 @@ def head_logits(
     c: float,
     *,
     rows: int,
+    out: HeadLogits | None = None,
 ) -> HeadLogits:
-    """Of FP8 x and W with their scales (); never more than `rows` rows of logits at once."""
+    """Of FP8 x and W with their scales (), into `out` if given; never more than `rows` rows of
+    logits at once."""
     (num_tokens, _), num_columns = x_TD.shape, w_VD.shape[0]
     wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     blocks = -(-num_columns // BLOCK_COLUMNS)
-    sums_BT = torch.empty(blocks, num_tokens, dtype=wide, device=x_TD.device)
-    g_TV = torch.empty(num_tokens, num_columns, dtype=E5M2, device=x_TD.device)
+    if out is None:
+        g_TV = torch.empty(num_tokens, num_columns, dtype=E5M2, device=x_TD.device)
+        sums_BT = torch.empty(blocks, num_tokens, dtype=wide, device=x_TD.device)
+        out = HeadLogits(sums_BT, g_TV, g_TV.new_empty(num_columns, num_tokens))
+    sums_BT, g_TV, g_VT = out
     scale = sums_BT.new_tensor(factor_scale(a))
     w_DV = w_VD.to(wide).mT
     for start in range(0, num_tokens, rows):
@@ -81,7 +86,8 @@ def head_logits(
             columns = slice(block * BLOCK_COLUMNS, (block + 1) * BLOCK_COLUMNS)
             sums_T[of] = e[:, columns].sum(1)
         g_TV[of] = to_fp8(g, scale, E5M2)
-    return HeadLogits(sums_BT, g_TV, g_TV.mT.contiguous())
+    g_VT.copy_(g_TV.mT)
+    return out
 
 
 @torch.no_grad()
