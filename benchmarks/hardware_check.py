@@ -47,6 +47,7 @@ TABLES = {"cuda": "operators", "triton": "triton_operators"}  # backend -> where
 
 # What is worth most comes first: a lent machine may be gone before the end.
 PRIORITY = (
+    "head_logits",
     "attention_strip",
     "fp8_matmul",
     "relu2_mlp",

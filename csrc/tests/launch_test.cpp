@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/fp8_matmul.h"
+#include "kernels/head_logits.h"
 #include "kernels/polar_chain.h"
 #include "kernels/relu2_mlp.h"
 #include "kernels/sym_matmul.h"
@@ -31,6 +32,7 @@ int launches = 0, zeroed = 0, mirrors = 0;
 size_t cleared_bytes = 0;                     // of polar_chain's counters
 int blocks_per_sm = 1;                        // what the fake runtime says of occupancy
 uint64_t blocks = 0;                          // of the last launch
+int64_t plain_blocks = 0;                     // of the last that is no GEMM's
 std::map<const void*, size_t> shared_limits;  // by kernel
 
 uint32_t bytes_of(CUtensorMapDataType type) {
@@ -83,8 +85,9 @@ CUresult fake_encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, vo
 }
 
 cudaError_t fake_launch(const cudaLaunchConfig_t& config, const void* kernel) {
-  if (config.numAttrs == 0) {  // sym_matmul's second one, which is no GEMM
+  if (config.numAttrs == 0) {  // what is no GEMM, such as sym_matmul's second one
     CHECK(config.gridDim.x >= 1 && config.gridDim.y >= 1 && config.gridDim.y <= 65535);
+    plain_blocks = int64_t{config.gridDim.x} * config.gridDim.y;
     ++mirrors;
     return cudaSuccess;
   }
@@ -357,6 +360,77 @@ void test_polar_chains() {
   expect_launches(0);
 }
 
+void test_head_logits(int64_t rows, int64_t cols, int64_t dim) {
+  HeadLogitsParams params{at(kA),        at(kB),   number(kScale),  number(kScale),
+                          number(kAmax), at(kOut), at(kTransposed), rows,
+                          cols,          dim,      {23, 5, 7.5}};
+  CHECK(launch_head_logits(params, nullptr) == cudaSuccess);
+  const uint64_t ur = rows, uc = cols, ud = dim;
+  expect(at(kA), {ud, ur}, {ud});
+  expect(at(kB), {ud, uc}, {ud});
+  expect(at(kOut), {uc, ur}, {uc});
+  expect(at(kTransposed), {ur, uc}, {ur});
+  CHECK(maps.size() == 4);
+  expect_launches(1);
+}
+
+// A block for eight rows; for the columns, of 32 each, one for either half of the model's dim.
+void test_head_targets(int64_t rows, int64_t cols, int64_t dim, int64_t num_targets) {
+  HeadTargetTermsParams terms{};
+  terms.rows = rows, terms.cols = cols, terms.dim = dim, terms.num_targets = num_targets;
+  terms.softcap = {23, 5, 7.5};
+  HeadTargetRowsParams of_rows{};
+  of_rows.rows = rows, of_rows.cols = cols, of_rows.dim = dim, of_rows.num_targets = num_targets;
+  HeadTargetColumnsParams of_columns{};
+  of_columns.rows = rows, of_columns.cols = cols, of_columns.dim = dim;
+  of_columns.num_targets = num_targets;
+  const auto ok = cudaSuccess;
+  CHECK(launch_head_target_terms(terms, nullptr) == ok && plain_blocks == ceil_div(rows, 8));
+  CHECK(launch_head_add_target_rows(of_rows, nullptr) == ok && plain_blocks == ceil_div(rows, 8));
+  CHECK(launch_head_add_target_columns(of_columns, nullptr) == ok);
+  CHECK(plain_blocks == 2 * ceil_div(cols, 32) && mirrors == 3);
+  expect_launches(0);
+}
+
+void test_head() {
+  for (const int64_t tokens : {16384, 32768, 49152}) {
+    test_head_logits(tokens, 50304, 768);
+    test_head_targets(tokens, 50304, 768, 4);
+  }
+  test_head_logits(16, 16, 16);
+  test_head_logits(144, 272, 80);
+  test_head_targets(1, 8, 8, 1);
+  HeadLogitsParams params{};
+  params.x = at(kA), params.w = at(kB), params.g = at(kOut), params.g_t = at(kTransposed);
+  params.rows = params.cols = params.dim = 64;
+  params.softcap = {23, 5, 7.5};
+  CHECK(launch_head_logits(params, nullptr) == cudaSuccess);
+  expect_launches(1);
+  for (const auto& spoil : std::vector<void (*)(HeadLogitsParams&)>{
+           [](HeadLogitsParams& p) { p.x = at(kA) + 8; }, [](HeadLogitsParams& p) { p.rows = 72; },
+           [](HeadLogitsParams& p) { p.cols = 72; }, [](HeadLogitsParams& p) { p.dim = 72; },
+           [](HeadLogitsParams& p) { p.g_t = at(kTransposed) + 8; },
+           [](HeadLogitsParams& p) { p.rows = int64_t{1} << 31; },
+           [](HeadLogitsParams& p) { p.dim = 0; }, [](HeadLogitsParams& p) { p.softcap.a = 33; },
+           [](HeadLogitsParams& p) { p.softcap.c = 0; }}) {
+    HeadLogitsParams bad = params;
+    spoil(bad);
+    CHECK(launch_head_logits(bad, nullptr) == cudaErrorInvalidValue);
+  }
+  params.rows = 0;
+  CHECK(launch_head_logits(params, nullptr) == cudaSuccess);
+  HeadTargetRowsParams targets{};
+  targets.rows = targets.cols = targets.dim = 64;
+  for (const int64_t num_targets : {0, kMaxHeadTargets + 1}) {
+    targets.num_targets = num_targets;
+    CHECK(launch_head_add_target_rows(targets, nullptr) == cudaErrorInvalidValue);
+  }
+  targets.num_targets = 1;
+  targets.dim = 68;
+  CHECK(launch_head_add_target_rows(targets, nullptr) == cudaErrorInvalidValue);
+  expect_launches(0);
+}
+
 void test_record_shapes() {
   constexpr int64_t kDim = 768, kHidden = 3072, kVocab = 50304;
   for (const int64_t tokens : {16384, 32768, 49152}) {
@@ -465,6 +539,16 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
   *status = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void**, size_t shared_bytes,
+                             cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return speedrun::fake_launch(config, kernel);
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void**) {
   return speedrun::fake_launch(*config, kernel);
 }
@@ -475,6 +559,7 @@ int main() {
   speedrun::test_edges();
   speedrun::test_sym_matmuls();
   speedrun::test_polar_chains();
+  speedrun::test_head();
   speedrun::test_refusals();
   std::puts("launch: tensor maps and launches as a driver takes them");
 }
