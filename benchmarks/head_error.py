@@ -201,7 +201,7 @@ def fused(problem: Problem, causes: tuple[str, ...]) -> Result:
         g_TV = to_fp8(g_TV, g_scale, E5M2).double() * g_scale
     rows_TD = x_TD * rows_T1
     if OPERANDS in causes:
-        scale = rows_TD.abs().max() / FP8_MAX[E4M3]
+        scale = x_TD.abs().max() * rows_T1.max() / FP8_MAX[E4M3]
         rows_TD = to_fp8(rows_TD, scale, E4M3).double() * scale
     _, w_f8_DV = operands(problem, OPERANDS in causes)
     dx_TD = (g_TV @ w_f8_DV.mT) * rows_T1 + targets_TV @ w_DV.mT

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from speedrun import estimate, recipes
 from speedrun.batch import LossWeights
 from speedrun.commands.explain import explain
-from speedrun.config import AttentionConfig, BaselineConfig, LayerSpec, Windows
+from speedrun.config import AttentionConfig, BaselineConfig, HeadConfig, LayerSpec, Windows
 from speedrun.estimate import Precision, Work
 from speedrun.model import GPT
 from speedrun.ops.attention import plan_attention
@@ -259,8 +259,12 @@ def test_memory_by_hand():
         "fixed tables": 2 * 8 * 12,
         "FP8 weights": mlp + 2 * head,
         "activations": 2 * num_tokens * numbers,
-        "logits": (2 + 1) * num_tokens * 32,
+        "logits": (2 + 2) * num_tokens * 32,  # bf16, and their gradient in two layouts
     }
+    fused = dataclasses.replace(config.model, head=HeadConfig(form="fused"))
+    assert estimate.head_bytes(fused, num_tokens, RECIPE) == 2 * num_tokens * 32
+    fp8 = estimate.fp8_copies_bytes(estimate.meta_model(fused, RECIPE), RECIPE)
+    assert fp8 == memory["FP8 weights"] + 2 * head  # a copy in bf16
     for switches, copies in (
         (dict(qkv="fp8", out="fp8", dx="fp8"), 2 * attention),  # row by row and transposed
         (dict(qkv="fp8"), 3 * attention // 4),

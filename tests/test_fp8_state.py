@@ -21,21 +21,24 @@ from train_helpers import make_batch, normal, small_config
 BF16 = torch.bfloat16
 
 
-def amax():
-    return {name: getattr(HeadConfig(), name) for name in ("x_amax", "w_amax", "grad_amax")}
-
-
-@pytest.fixture
-def state():
+@pytest.fixture(params=["logits", "fused"])
+def state(request):
     weight = nn.Parameter(normal(16, 48).to(BF16))
-    found = Fp8HeadState(HeadConfig())
+    found = Fp8HeadState(HeadConfig(form=request.param))
     found.refresh(weight)
     return found, weight
 
 
 def assert_copies_are_of(state, weight):
-    for mine, expected in zip(state.current(), quantize_head(weight, **amax()), strict=True):
-        assert_same_bits(mine, expected)
+    """Those of the form, by HeadConfig's numbers."""
+    head = HeadConfig()
+    numbers = dict(x_amax=head.x_amax, w_amax=head.w_amax, grad_amax=head.grad_amax)
+    form = state.options["form"]
+    assert (state.current().w_VD is not None) == (form == "fused")
+    expected = quantize_head(weight, **numbers, form=form)
+    for mine, same in zip(state.current(), expected, strict=True):
+        if same is not None:
+            assert_same_bits(mine, same)
 
 
 def test_an_unchanged_weight_is_quantised_once(state):

@@ -52,6 +52,12 @@ SCHEDULE = dataclasses.replace(
     yarn=True,
     fp8_down_own_amax_steps=2,
 )
+# Of a pass: FP8, and the form of its head.
+PRECISIONS = [
+    pytest.param(False, "logits", id="fp32"),
+    pytest.param(True, "logits", id="fp8"),
+    pytest.param(True, "fused", id="fp8-fused-head"),
+]
 TABLE = torch.arange(-1, MODEL.padded_vocab_size - 1)
 STARTS = {0: [[0, 5, 6, 19, 32], [0, 16, 17, 30, 32]], 1: [[0, 24, 25, 47, 64], [0, 3, 20, 44, 64]]}
 
@@ -102,13 +108,14 @@ def train(fp8, sparse, graphs=None, config=MODEL, device=CPU):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
-def test_replayed_passes_are_the_passes(fp8, sparse):
+@pytest.mark.parametrize(("fp8", "form"), PRECISIONS)
+def test_replayed_passes_are_the_passes(fp8, form, sparse):
     """Bit for bit, over two stages: a replay finds the new batch, weights of the loss, FP8 copies
     and scales where the old ones were, and leaves gradients and scales where they belong."""
     graphs = RecordedGraphs()
-    losses, state = train(fp8, sparse)
-    replayed_losses, replayed_state = train(fp8, sparse, graphs)
+    config = dataclasses.replace(MODEL, head=HeadConfig(form=form))
+    losses, state = train(fp8, sparse, None, config)
+    replayed_losses, replayed_state = train(fp8, sparse, graphs, config)
     assert len(graphs.graphs) == 2  # a stage
     assert len(graphs.replayed) == 2 * SCHEDULE.num_steps - 2
     assert [x.item() for x in replayed_losses] == [x.item() for x in losses]
@@ -117,13 +124,14 @@ def test_replayed_passes_are_the_passes(fp8, sparse):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
-def test_cuda_graphs(fp8):
+@pytest.mark.parametrize(("fp8", "form"), PRECISIONS)
+def test_cuda_graphs(fp8, form):
     """The same on a GPU, of the kernels that serve there."""
     if fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no FP8 here")
     sizes = dict(model_dim=64, num_heads=4, head_dim=16, mlp_hidden=128, bigram_dim=16)
-    place = (dataclasses.replace(MODEL, **sizes), torch.device("cuda"))
+    config = dataclasses.replace(MODEL, head=HeadConfig(form=form), **sizes)
+    place = (config, torch.device("cuda"))
     graphs = StepGraphs("cuda_graph")
     losses, state = train(fp8, True, None, *place)
     replayed_losses, replayed_state = train(fp8, True, graphs, *place)

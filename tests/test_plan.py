@@ -11,7 +11,14 @@ import torch
 
 from speedrun import estimate, hardware, recipes, roofline, traffic
 from speedrun.commands import plan
-from speedrun.config import AttentionConfig, BaselineConfig, ConfigError, LayerSpec, Windows
+from speedrun.config import (
+    AttentionConfig,
+    BaselineConfig,
+    ConfigError,
+    HeadConfig,
+    LayerSpec,
+    Windows,
+)
 from speedrun.estimate import Gemm, Precision, Work
 from speedrun.optim import placements
 from speedrun.plan_check import train_times, with_total_steps
@@ -263,6 +270,9 @@ def test_loss_and_gradient_bytes_by_hand():
     V = config.model.padded_vocab_size
     assert traffic.loss_bytes(config.model, RECIPE) == V * (2 + 1 + 1)
     assert traffic.loss_bytes(config.model, BF16) == V * 3 * 4
+    fused = dataclasses.replace(config.model, head=HeadConfig(form="fused"))
+    assert traffic.loss_bytes(fused, RECIPE) == 2 * 4 * V / 128  # a sum of 128 logits
+    assert traffic.loss_bytes(fused, BF16) == V * 3 * 4
     model = estimate.meta_model(config.model, BF16)
     tables = sum(p.nbytes for n, p in model.named_parameters() if n in estimate.TABLES)
     matrices = sum(p.nbytes for n, p in model.named_parameters() if n.endswith("_bank"))

@@ -143,6 +143,9 @@ class HeadConfig:
     """Numerics of the head in training. The largest values are what FP8's scales are made for."""
 
     fp8: bool = True  # where `precision` is "recipe"
+    # "fused": the FP8 head without logits in memory, and with targets in bf16. Where `precision` is
+    # another (on a CPU "auto" is), and in validation, both forms are the same head without FP8.
+    form: Literal["logits", "fused"] = "logits"
     x_amax: float = 100.0
     w_amax: float = 1.6
     grad_amax: float = 0.75

@@ -179,6 +179,7 @@ def _check_gpt(model: ModelConfig, require: Callable, require_positive: Callable
     require_positive(model, "model.", "gate_hidden", "dc_window")
     head_numbers = ("x_amax", "w_amax", "grad_amax")
     require_positive(model.head, "model.head.", *head_numbers)
+    _check_head_form(model, require)
     _check_layers(model, require)
     require(
         0 <= model.bigram_dim <= model.model_dim,
@@ -191,6 +192,34 @@ def _check_gpt(model: ModelConfig, require: Callable, require_positive: Callable
         "model.bigram_rows",
         model.bigram_rows,
         "the table needs at least 2 rows and bigram_dim > 0, or both 0",
+    )
+
+
+def _check_head_form(model: ModelConfig, require: Callable) -> None:
+    """What the head without logits in memory can't do."""
+    head, key = model.head, "model.head.form"
+    require(head.form in ("logits", "fused"), key, head.form, "must be logits or fused")
+    if head.form != "fused":
+        return
+    from speedrun.ops.head_logits import LARGEST_SOFTCAP  # with torch: not for every recipe
+
+    require(
+        head.fp8, key, "fused", "is a form of the FP8 head: set model.head.fp8=true, or form=logits"
+    )
+    for name in ("count_missing_targets", "round_sigmoid"):
+        require(
+            not getattr(head, name),
+            f"model.head.{name}",
+            "true",
+            "is the public kernel's way, which model.head.form=fused doesn't follow: "
+            "set it to false, or form=logits",
+        )
+    require(
+        model.softcap_a <= LARGEST_SOFTCAP,
+        "model.softcap_a",
+        model.softcap_a,
+        f"must be at most {LARGEST_SOFTCAP:g} with model.head.form=fused, whose e5m2 has no "
+        "numbers for the gradients of more: lower it, or set form=logits",
     )
 
 

@@ -290,8 +290,9 @@ def head_bytes(config: ModelConfig | BaselineConfig, num_tokens: int, precision:
     V = config.padded_vocab_size
     if isinstance(config, BaselineConfig):
         return 2 * min(num_tokens, max(1, LOGITS_AT_ONCE // V)) * V * FP32_BYTES
-    if precision.fp8 and config.head.fp8:  # logits of all tokens, and their gradient
-        return num_tokens * V * (precision.dtype.itemsize + FP8_BYTES)
+    if precision.fp8 and config.head.fp8:  # a gradient of all tokens in two layouts, and logits
+        logits = 0 if config.head.form == "fused" else precision.dtype.itemsize
+        return num_tokens * V * (2 * FP8_BYTES + logits)
     rows = rows_at_once(V, GPU)
     if num_tokens <= rows:
         return 2 * num_tokens * V * FP32_BYTES
@@ -300,7 +301,7 @@ def head_bytes(config: ModelConfig | BaselineConfig, num_tokens: int, precision:
 
 def fp8_copies_bytes(model: nn.Module, precision: Precision) -> int:
     """The FP8 weights beside the parameters: those of projections and MLP, and the head's in two
-    layouts."""
+    layouts; for the head's form "fused" also one in the parameters' type."""
     config = model.config
     if not precision.fp8:
         return 0
@@ -311,8 +312,10 @@ def fp8_copies_bytes(model: nn.Module, precision: Precision) -> int:
     copies, mlp = 0.0, config.mlp
     if mlp.uses_fp8:  # of one half of the bank each: up, its transpose, down's transpose, down
         copies = 0.5 * (2 + (mlp.dx == "fp8") + (mlp.dpre == "fp8"))
-    head = 2 * model.lm_head.numel() if config.head.fp8 else 0
-    return FP8_BYTES * (projections + int(copies * model.mlp_bank.numel()) + head)
+    copied = projections + int(copies * model.mlp_bank.numel())
+    copied += 2 * model.lm_head.numel() * config.head.fp8
+    fused = config.head.fp8 and config.head.form == "fused"
+    return FP8_BYTES * copied + model.lm_head.nbytes * fused
 
 
 def memory_bytes(

@@ -138,7 +138,8 @@ class Fp8HeadState:
     nothing else is kept."""
 
     def __init__(self, config: HeadConfig) -> None:
-        self.amax = {name: getattr(config, name) for name in ("x_amax", "w_amax", "grad_amax")}
+        names = ("x_amax", "w_amax", "grad_amax", "form")
+        self.options = {name: getattr(config, name) for name in names}
         self.weights: Fp8Head | None = None
         self.source: tuple[tuple[int, int], ...] | None = None
 
@@ -147,7 +148,7 @@ class Fp8HeadState:
         """Quantise the weight if it has changed; once a step, before its first micro-batch."""
         source = _version(lm_head)
         if source != self.source:
-            self.weights, self.source = quantize_head(lm_head, **self.amax), source
+            self.weights, self.source = quantize_head(lm_head, **self.options), source
 
     def current(self) -> Fp8Head:
         """What `head_loss` takes."""

@@ -417,6 +417,7 @@ class GPT(nn.Module):
             count_missing_targets=head.count_missing_targets,
             round_sigmoid=head.round_sigmoid and fp8 is not None,
             fp8=None if fp8 is None else fp8.current(),
+            form="logits" if fp8 is None else head.form,
         )
         return losses.sum()
 

@@ -40,7 +40,7 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "attention_lambdas": ("model.attention_lambdas=false",),
     # a·σ(z/c) is symmetric around its value at 0, and the softmax doesn't see that value
     "asymmetric_softcap": ("model.softcap_b=0",),
-    "fp8_head": ("model.head.fp8=false",),
+    "fp8_head": ("model.head.fp8=false", "model.head.form=logits"),
     "fp8_mlp": tuple(f"model.mlp.{name}=bf16" for name in _MLP_TYPES),
     "fp8_projections": ("model.attention.qkv=bf16", "model.attention.out=bf16"),
     "multi_token": ("schedule.multi_token=false",),

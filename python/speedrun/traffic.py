@@ -15,6 +15,7 @@ from torch import nn
 
 from speedrun.config import BaselineConfig, Config, LayerSpec, ModelConfig
 from speedrun.estimate import FP8_BYTES, FP32_BYTES, TABLES, Precision, Work
+from speedrun.reference.head_logits import BLOCK_COLUMNS
 
 MLP_PRODUCTS = ("up", "down", "dpre", "dx", "dup", "ddown")  # fields of MLPConfig
 
@@ -142,7 +143,10 @@ def _add_mlp(config: ModelConfig, precision: Precision, add: Callable) -> None:
 def loss_bytes(config: ModelConfig | BaselineConfig, precision: Precision) -> float:
     """Of one token, beside the head's products: its logits for the loss and their gradient."""
     V = config.padded_vocab_size
-    if precision.fp8 and config.head.fp8:  # read in bf16 once, the gradient written in two layouts
+    if precision.fp8 and config.head.fp8:
+        if config.head.form == "fused":  # both layouts are the product's result, as large as logits
+            return V / BLOCK_COLUMNS * 2 * FP32_BYTES  # sums of blocks, written and read
+        # read in bf16 once, the gradient written in two layouts
         return V * (precision.dtype.itemsize + 2 * FP8_BYTES)
     return V * 3 * FP32_BYTES  # read, read again for the gradient, and that written
 

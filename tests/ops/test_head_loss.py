@@ -130,6 +130,26 @@ def test_never_holds_more_logits(chunks):
     assert chunks == [("softcap_ce", 4, 21)]
 
 
+@pytest.mark.usefixtures("chunks")
+def test_the_host_waits_only_for_losses_that_are_weighed_apart(monkeypatch):
+    """A sum's gradient is one number, expanded, whatever it is multiplied by."""
+    x, w, arguments, options = problem()
+    expected = run(x, w, arguments, options, torch.full((13,), 0.125, dtype=torch.float64))
+
+    def read(tensor):
+        raise AssertionError("the host reads a number")
+
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    loss = head_loss(*leaves, *arguments, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", read)
+        with pytest.raises(AssertionError, match="the host reads"):
+            loss.backward(torch.ones_like(loss), retain_graph=True)
+        (loss.sum() / 8).backward()
+    for leaf, same in zip(leaves, expected[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, same, **FLOAT64_NOISE)
+
+
 def test_chunks_gradcheck(chunks):
     x, w, arguments, options = problem(6, 3)
     inputs = [t.requires_grad_() for t in (x, w)]
@@ -363,6 +383,24 @@ def test_quantize_head_takes_the_largest_values():
     assert_accurate(loss, same, softcap_ce(z, *arguments, **options))
 
 
+def test_the_transposed_weight_is_made_once_where_the_copies_have_it(monkeypatch):
+    """For the form without logits in memory; a later change of the weight reaches it neither."""
+    x, w, arguments, options = fp8_problem()
+    options |= dict.fromkeys(ALL, False) | {"form": "fused", "fp8": quantize_head(w)}
+    expected = run(x, w, arguments, options)
+    assert options["fp8"].w_VD is None
+    head = quantize_head(w, form="fused")
+    assert_same_bits(head.w_VD, w.mT.contiguous())
+    monkeypatch.delattr("speedrun.ops._fused_head_loss.transpose")
+    found = run(x, torch.zeros_like(w), arguments, options | {"fp8": head})
+    for mine, same in zip(found, expected, strict=True):
+        assert_same_bits(mine, same)
+    for fp8 in (head, quantize_head(w)):  # and the other form is the same with it and without
+        results = run(x, w, arguments, options | {"form": "logits", "fp8": fp8})
+        for mine, same in zip(results, run_fp8(x, w, arguments, options | {"form": "logits"})):
+            assert_same_bits(mine, same)
+
+
 @pytest.mark.usefixtures("backend")
 def test_fp8_without_prefix_targets():
     """The last stage's: a prefix target of weight 0 is the same."""
@@ -508,4 +546,6 @@ def test_refusals():
     for wrong in ("x_amax", "w_amax", "grad_amax"):
         with pytest.raises(ValueError, match=rf"quantize_head: {wrong}=0\.0: must be above 0"):
             quantize_head(w, **{wrong: 0.0})
+    with pytest.raises(ValueError, match=r"quantize_head: form='fast': must be logits or fused"):
+        quantize_head(w, form="fast")
     assert isinstance(head, Fp8Head)

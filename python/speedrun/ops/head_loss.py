@@ -33,6 +33,7 @@ from speedrun.ops._library import define
 from speedrun.ops.fp8_matmul import fp8_matmul, fp8_matmul_add_
 from speedrun.ops.fp8_quantize import fp8_quantize
 from speedrun.ops.softcap_ce import as_scalar, check, rows_at_once, softcap_ce, softcap_ce_fp8
+from speedrun.ops.transpose import transpose
 from speedrun.reference import softcap_ce as reference
 from speedrun.reference._fp8 import FP8_MAX
 from speedrun.reference.fp8_quantize import MIN_AMAX, max_abs
@@ -43,25 +44,35 @@ FORMS = ("logits", "fused")
 
 
 class Fp8Head(NamedTuple):
-    """The head's weight in e4m3 and the scales, float32 tensors (). See `quantize_head`."""
+    """The head's weight in e4m3, the scales, float32 tensors (), and for form="fused" the weight
+    in bf16, transposed, which that makes itself where there is none. See `quantize_head`."""
 
     w_f8_DV: Tensor
     w_f8_VD: Tensor
     w_scale: Tensor
     x_scale: Tensor
     dz_scale: Tensor
+    w_VD: Tensor | None = None
 
 
 def quantize_head(
-    w_DV: Tensor, *, x_amax: float = 100.0, w_amax: float = 1.6, grad_amax: float = 0.75
+    w_DV: Tensor,
+    *,
+    x_amax: float = 100.0,
+    w_amax: float = 1.6,
+    grad_amax: float = 0.75,
+    form: str = "logits",
 ) -> Fp8Head:
     """FP8 copies of `w_DV` (D, V) bf16, to be made once for all micro-batches of a step.
 
     The largest values of x, W and of the logits' gradient, of a sum of losses, that their scales
     are made for; x and W are clamped there. The gradient's is over 448 too, as the record has it,
-    so that e5m2 clamps it only at 128 times `grad_amax`. ValueError for one that is not positive,
+    so that e5m2 clamps it only at 128 times `grad_amax`. `form`: that of `head_loss`; "fused" has
+    a copy more, 2 bytes a weight. ValueError for a number that is not positive or another form,
     TypeError for another w_DV. Source: the head of the NanoGPT speedrun's record 089.
     """
+    if form not in FORMS:
+        raise ValueError(f"quantize_head: form={form!r}: must be {' or '.join(FORMS)}")
     largest = {"w_amax": w_amax, "x_amax": x_amax, "grad_amax": grad_amax}
     for name, value in largest.items():
         if not value > 0:
@@ -76,7 +87,8 @@ def quantize_head(
     ]
     w_f8_DV, w_f8_VD, _ = fp8_quantize(w_DV, scales[0], transposed=True)
     assert w_f8_VD is not None  # it was asked for
-    return Fp8Head(w_f8_DV, w_f8_VD, *scales)
+    w_VD = transpose(w_DV.detach().contiguous()) if form == "fused" else None
+    return Fp8Head(w_f8_DV, w_f8_VD, *scales, w_VD)
 
 
 def head_loss(
@@ -151,7 +163,7 @@ def head_loss(
             _check_dw_sum(dw_sum_DV, w_DV)
         if form == "fused":
             return fused_head_loss(x_TD, w_DV, dw_sum_DV, fp8, loss)
-        return _Fp8HeadLoss.apply(x_TD, w_DV, dw_sum_DV, *fp8, *loss)
+        return _Fp8HeadLoss.apply(x_TD, w_DV, dw_sum_DV, *fp8[:-1], *loss)
     if torch.is_grad_enabled() and (x_TD.requires_grad or w_DV.requires_grad):
         return _ChunkedHeadLoss.apply(x_TD, w_DV, *loss)
     return torch.ops.speedrun.linear_softcap_ce(x_TD, w_DV, *loss)
@@ -198,7 +210,7 @@ class _Fp8HeadLoss(torch.autograd.Function):
             dw = fp8_matmul(*operands, out_dtype=torch.float32).bfloat16()
         else:
             fp8_matmul_add_(ctx.dw_sum_DV, *operands)
-        return dx, dw, *[None] * (1 + len(Fp8Head._fields) + len(Loss._fields))
+        return dx, dw, *[None] * (len(Fp8Head._fields) + len(Loss._fields))
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
@@ -228,8 +240,11 @@ def _in_chunks(function: Callable, x_TD: Tensor, w_DV: Tensor, *loss, **more):
 
 
 def _backward(grad_T: Tensor, dx_TD: Tensor, dw_DV: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """Gradients times `grad_T`; where its numbers differ, computed again."""
-    if (grad_T == grad_T[:1]).all():
+    """Gradients times `grad_T`; where its numbers differ, computed again.
+
+    A sum's are one number, expanded: only where they are not the host waits for a comparison.
+    """
+    if grad_T.stride(0) == 0 or (grad_T == grad_T[:1]).all():
         return (dx_TD * grad_T[:, None]).to(dx_TD.dtype), (dw_DV * grad_T[0]).to(dw_DV.dtype)
     return _in_chunks(reference.linear_softcap_ce_grad, *arguments, loss_grads_T=grad_T)[1:]
 
