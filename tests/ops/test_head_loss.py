@@ -397,7 +397,8 @@ def test_the_transposed_weight_is_made_once_where_the_copies_have_it(monkeypatch
         assert_same_bits(mine, same)
     for fp8 in (head, quantize_head(w)):  # and the other form is the same with it and without
         results = run(x, w, arguments, options | {"form": "logits", "fp8": fp8})
-        for mine, same in zip(results, run_fp8(x, w, arguments, options | {"form": "logits"})):
+        same_form = run_fp8(x, w, arguments, options | {"form": "logits"})
+        for mine, same in zip(results, same_form, strict=True):
             assert_same_bits(mine, same)
 
 
