@@ -14,6 +14,7 @@
 #include "kernels/head_logits.h"
 #include "kernels/polar_chain.h"
 #include "kernels/relu2_mlp.h"
+#include "kernels/softcap_ce.h"
 #include "kernels/sym_matmul.h"
 #include "kernels/sym_matmul_tiles.h"
 #include "tests/check.h"
@@ -31,7 +32,9 @@ std::map<const void*, TensorMap> maps;  // of the launch at hand, by address
 int launches = 0, zeroed = 0, mirrors = 0;
 size_t cleared_bytes = 0;                     // of polar_chain's counters
 int blocks_per_sm = 1;                        // what the fake runtime says of occupancy
+int ptx_version = 90;                         // and of the code at hand
 uint64_t blocks = 0;                          // of the last launch
+size_t cluster_bytes = 0;                     // of shared memory, of softcap_ce's last launch
 int64_t plain_blocks = 0;                     // of the last that is no GEMM's
 std::map<const void*, size_t> shared_limits;  // by kernel
 
@@ -92,6 +95,15 @@ cudaError_t fake_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     return cudaSuccess;
   }
   blocks = uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z;
+  if (config.blockDim.x == 512) {  // softcap_ce, a cluster for 16 rows
+    const auto& cluster = config.attrs[0].val.clusterDim;
+    CHECK(config.attrs[0].id == cudaLaunchAttributeClusterDimension && config.numAttrs == 1);
+    CHECK(cluster.x == 8 && cluster.y == 1 && cluster.z == 1 && blocks % cluster.x == 0);
+    CHECK(config.dynamicSmemBytes <= shared_limits[kernel]);
+    cluster_bytes = config.dynamicSmemBytes;
+    ++launches;
+    return cudaSuccess;
+  }
   CHECK(blocks >= 1 && blocks <= kSms);  // persistent
   CHECK(config.blockDim.x == 384 && config.blockDim.y == 1 && config.blockDim.z == 1);
   CHECK(config.dynamicSmemBytes <= kMaxShared);
@@ -360,6 +372,61 @@ void test_polar_chains() {
   expect_launches(0);
 }
 
+// `in_clusters`: whether a cluster's shared memory holds the rows' factors; else a block has a row.
+void test_softcap_ce(int64_t rows, int64_t cols, bool transposed, bool in_clusters) {
+  for (const bool rounded : {false, true}) {
+    SoftcapCeParams params{};
+    params.z = at(kA);
+    params.dz = reinterpret_cast<uint8_t*>(at(kOut));
+    params.dz_t = transposed ? reinterpret_cast<uint8_t*>(at(kTransposed)) : nullptr;
+    params.rows = rows;
+    params.cols = cols;
+    params.num_targets = 3;
+    params.a = 23, params.b = 5, params.c = 7.5;
+    params.round_sigmoid = rounded;
+    CHECK(launch_softcap_ce(params, nullptr) == cudaSuccess);
+    if (in_clusters) {
+      CHECK(blocks == static_cast<uint64_t>(rows) / 16 * 8 && mirrors == 0);
+      const int64_t width = ceil_div(cols / 16, 8) * 16;  // of a block's columns
+      CHECK(cluster_bytes == static_cast<size_t>(16 * 2 * width));
+      expect_launches(1);
+    } else {  // and a transpose behind it
+      CHECK(mirrors == (transposed ? 2 : 1));
+      expect_launches(0);
+    }
+  }
+}
+
+void test_softcap_ces() {
+  for (const int64_t tokens : {16384, 32768, 49152}) {
+    test_softcap_ce(tokens, 50304, true, true);
+    test_softcap_ce(tokens, 50304, false, false);
+  }
+  test_softcap_ce(16, 16, true, true);    // seven of eight blocks have no columns
+  test_softcap_ce(17, 272, true, false);  // rows that no cluster takes
+  test_softcap_ce(16, 65536, true, false);
+  test_softcap_ce(2, 120000, true, false);  // nor does a block hold one row's factors
+  ptx_version = 80;                         // code without clusters, as on other GPUs
+  test_softcap_ce(16, 272, true, false);
+  ptx_version = 90;
+  SoftcapCeParams params{};
+  params.z = at(kA);
+  params.dz = reinterpret_cast<uint8_t*>(at(kOut));
+  params.rows = params.cols = 16;
+  params.a = 23, params.b = 5, params.c = 7.5;
+  for (const auto& spoil : std::vector<void (*)(SoftcapCeParams&)>{
+           [](SoftcapCeParams& p) { p.z = at(kA) + 8; }, [](SoftcapCeParams& p) { p.cols = 24; },
+           [](SoftcapCeParams& p) { p.a = 2 * kLargestSoftcap; },
+           [](SoftcapCeParams& p) { p.c = 0; }, [](SoftcapCeParams& p) { p.rows = -1; }}) {
+    SoftcapCeParams bad = params;
+    spoil(bad);
+    CHECK(launch_softcap_ce(bad, nullptr) == cudaErrorInvalidValue);
+  }
+  params.rows = 0;
+  CHECK(launch_softcap_ce(params, nullptr) == cudaSuccess);
+  expect_launches(0);
+}
+
 void test_head_logits(int64_t rows, int64_t cols, int64_t dim) {
   HeadLogitsParams params{at(kA),        at(kB),   number(kScale),  number(kScale),
                           number(kAmax), at(kOut), at(kTransposed), rows,
@@ -504,8 +571,18 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  CHECK(attribute == cudaDevAttrMultiProcessorCount);
-  *value = static_cast<int>(speedrun::kSms);
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    *value = static_cast<int>(speedrun::kMaxShared);
+  } else {
+    CHECK(attribute == cudaDevAttrMultiProcessorCount);
+    *value = static_cast<int>(speedrun::kSms);
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->ptxVersion = speedrun::ptx_version;
+  attributes->sharedSizeBytes = 512;
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
@@ -559,6 +636,7 @@ int main() {
   speedrun::test_edges();
   speedrun::test_sym_matmuls();
   speedrun::test_polar_chains();
+  speedrun::test_softcap_ces();
   speedrun::test_head();
   speedrun::test_refusals();
   std::puts("launch: tensor maps and launches as a driver takes them");
