@@ -33,6 +33,7 @@ from speedrun.ops.attention_epilogue import attention_epilogue
 from speedrun.ops.dc_attention import dc_attention, plan_dc_attention
 from speedrun.ops.fp8_matmul import fp8_matmul
 from speedrun.ops.fp8_quantize import fp8_quantize
+from speedrun.ops.head_loss import head_loss, quantize_head
 from speedrun.ops.normuon_step import normuon_step
 from speedrun.ops.polar_express import momentum_polar_express
 from speedrun.ops.qk_norm_rope import qk_norm_rope, rotary_frequencies, rotary_table
@@ -148,6 +149,14 @@ def _softcap_ce(draw: Draw) -> list[Tensor]:
     return [*softcap_ce_fp8(draw(128, 512), *loss, draw.full(2**-9))[:3]]
 
 
+def _head_logits(draw: Draw) -> list[Tensor]:
+    targets = torch.arange(128, device=draw.device)[:, None] * 3
+    x, w = draw(128, 64).requires_grad_(), draw(64, 512).requires_grad_()
+    loss = (targets, draw.full(1.0, 1), 23.0, 5.0, 7.5)
+    losses = head_loss(x, w, *loss, fp8=quantize_head(w.detach()), form="fused")
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), (x, w))]
+
+
 def _sym_matmul(draw: Draw) -> list[Tensor]:
     return [sym_matmul(draw(2, 144, 80))]
 
@@ -163,6 +172,7 @@ TRIALS: dict[str, Callable[[Draw], list[Tensor]]] = {
     "dc_attention": _dc_attention,
     "fp8_matmul": _fp8_matmul,
     "fp8_quantize": _fp8_quantize,
+    "head_logits": _head_logits,
     "normuon_step": _normuon_step,
     "polar_express": _polar_express,
     "qk_norm_rope": _qk_norm_rope,

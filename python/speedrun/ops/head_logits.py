@@ -283,7 +283,7 @@ def _add_columns_(dw: Tensor, x: Tensor, targets: Tensor, sides: Tensor, backend
         _kernel(backend, "head_add_target_columns_out")(x, keys, order, sides, dw)
 
 
-_REFERENCES = {
+_REFERENCES: dict[str, Callable[..., None]] = {
     "head_logits_out": _head_logits_out,
     "head_target_terms_out": _target_terms_out,
     "head_add_target_rows_out": _add_rows_out,

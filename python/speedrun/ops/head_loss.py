@@ -81,14 +81,14 @@ def quantize_head(
         raise TypeError(
             f"quantize_head: w_DV must be bfloat16 (D, V), got {w_DV.dtype} {tuple(w_DV.shape)}"
         )
-    scales = [
+    w_scale, x_scale, dz_scale = (
         torch.full((), value / FP8_MAX[E4M3], dtype=torch.float32, device=w_DV.device)
         for value in largest.values()
-    ]
-    w_f8_DV, w_f8_VD, _ = fp8_quantize(w_DV, scales[0], transposed=True)
+    )
+    w_f8_DV, w_f8_VD, _ = fp8_quantize(w_DV, w_scale, transposed=True)
     assert w_f8_VD is not None  # it was asked for
     w_VD = transpose(w_DV.detach().contiguous()) if form == "fused" else None
-    return Fp8Head(w_f8_DV, w_f8_VD, *scales, w_VD)
+    return Fp8Head(w_f8_DV, w_f8_VD, w_scale, x_scale, dz_scale, w_VD)
 
 
 def head_loss(
