@@ -84,7 +84,7 @@ REQUIRED = (
     ("polar_express", "cuda", "true>", ("ld128", "st128")),
     ("polar_chain", "cuda", "", ("HGMMA", "UTMALDG", "lds128", "st128")),
     ("head_logits", "cuda", "HeadProduct", ("QGMMA", "UTMALDG", "UTMASTG")),
-    ("head_logits", "cuda", "target", ("ld128",)),
+    ("head_logits", "cuda", "terms|rows", ("ld128",)),
     ("head_logits", "triton", "^product", ("QGMMA",)),
     ("qk_norm_rope", "cuda", "true>", ("ld128", "st128")),
     ("qk_norm_rope", "triton", "", ("ld128", "st128")),

@@ -138,10 +138,28 @@ struct Factors {
 
 // ---- 3. Kernel -------------------------------------------------------------------------------
 
+// As sm90::Gemm, but for outputs without a batch dimension: TMA would take its coordinate, 0, from
+// a register, which ptxas can't see to be the same in all threads of a warp here, and loops over
+// them.
 struct HeadProduct {
   using Shape = sm90::Shape<kTileRows, kTileCols, kCluster, true, void, E5M2>;
-  using Fusion = Shape::AlsoStore<E5M2, sm90::ColumnMajor, Factors>;
-  using Kernel = sm90::Gemm<Shape, E4M3, E4M3, Fusion, true>::Kernel;
+  using RowMajor = cute::Stride<int64_t, sm90::_1, sm90::_0>;
+  using ColumnMajor = cute::Stride<sm90::_1, int64_t, sm90::_0>;
+  using Fusion = Shape::AlsoStore<E5M2, ColumnMajor, Factors>;
+  using Tile = Shape::Tile<E4M3>;
+  using Epilogue =
+      sm90::collective::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile,
+                                          Shape::Cluster, sm90::collective::EpilogueTileAuto, float,
+                                          float, void, RowMajor, 16, E5M2, RowMajor, 16,
+                                          Shape::Schedule, Fusion>::CollectiveOp;
+  using Stages = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+      sizeof(Epilogue::SharedStorage))>;
+  using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E4M3, sm90::RowMajor, 16, E4M3,
+      sm90::ColumnMajor, 16, float, Tile, Shape::Cluster, Stages,
+      cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
+                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
 };
 
 // Spec::Kernel is what runs; the rest is for its name in profiles.
@@ -180,7 +198,7 @@ cudaError_t launch_head_logits(const HeadLogitsParams& p, cudaStream_t stream) {
   const sm90::FusionArguments<Kernel> fusion{
       {head::exponents_of(p.softcap), p.x_scale, p.w_scale, p.sums,
        static_cast<float>(head::factor_scale(p.softcap.a))},
-      {static_cast<head::E5M2*>(p.g_t), cute::make_stride(sm90::_1{}, p.rows, int64_t{0})}};
+      {static_cast<head::E5M2*>(p.g_t), cute::make_stride(sm90::_1{}, p.rows, sm90::_0{})}};
   return sm90::launch<Kernel>(
       head::head_logits_kernel<head::HeadProduct, sm90::kTileM<Kernel>, sm90::kTileN<Kernel>,
                                sm90::kStages<Kernel>, sm90::kSharedBytes<Kernel>>,
