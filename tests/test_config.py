@@ -116,7 +116,6 @@ def test_later_overrides_win_and_others_stay():
         ("optim.normuon.lr=fast", "expected a number"),
         ("data.repeat=maybe", "expected true or false"),
         ("data.val_tokens=all", "expected none or a whole number"),
-        ("model.head.form=chunked", "expected one of logits, fused"),
         ("precision=fp8", "expected one of auto, recipe, bf16, float32"),
         ("model.mlp.up=fp16", "expected one of bf16, fp8"),
         ("model.attention.out=fp16", "expected one of bf16, fp8"),
@@ -160,29 +159,6 @@ def test_recipes_are_possible(name):
     # JSON turns tuples into lists; nothing else may be lost in config.json.
     text = json.dumps(to_dict(config))
     assert json.loads(text) == json.loads(json.dumps(to_dict(recipes.load(name))))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (
-            {"fp8": False},
-            "model.head.form=fused: is a form of the FP8 head: set model.head.fp8=true",
-        ),
-        ({"round_sigmoid": True}, "model.head.round_sigmoid=true: is the public kernel's way"),
-        ({"count_missing_targets": True}, "model.head.count_missing_targets=true: is the public"),
-    ],
-)
-def test_what_the_fused_head_cant_do(changes, words):
-    exact = {"form": "fused", "round_sigmoid": False, "count_missing_targets": False}
-    allowed = [f"model.head.{name}={str(value).lower()}" for name, value in exact.items()]
-    check(apply_overrides(small_config(), allowed))
-    sets = [f"model.head.{name}={str(value).lower()}" for name, value in changes.items()]
-    with pytest.raises(ConfigError) as error:
-        check(apply_overrides(small_config(), [*allowed, *sets]))
-    assert words in str(error.value)
-    with pytest.raises(ConfigError, match=r"model\.softcap_a=33\.0: must be at most 32 with model"):
-        check(apply_overrides(small_config(), [*allowed, "model.softcap_a=33"]))
 
 
 def test_unknown_recipe():

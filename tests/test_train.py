@@ -235,25 +235,6 @@ def test_fp8_everywhere_on_a_cpu(first_run, folder):
     assert losses != read_losses(folder / "recipe")
 
 
-def test_fused_head_on_a_cpu(folder):
-    """The FP8 head without logits in memory, near the one with them, in the same numbers but for
-    those of targets and e5m2's scale (seen: 0.02); in two micro-batches a step, and in one."""
-    exact = dict(model__head__count_missing_targets="false", model__head__round_sigmoid="false")
-    runs = {"logits": {}, "fused": {}, "fused_parts": {"micro_batch_parts": 4}}
-    losses = {}
-    for out, more in runs.items():
-        form = "logits" if out == "logits" else "fused"
-        sets = tiny_sets(precision="recipe", model__head__form=form, **exact, **more)
-        run = train(folder, "--text", "text.txt", "--out", f"head_{out}", *sets)
-        assert run.code == 0, run.err
-        losses[out] = read_losses(folder / f"head_{out}")
-    for found in ("fused", "fused_parts"):
-        assert losses[found] != losses["logits"]
-        for (*_, a), (*_, b) in zip(losses["logits"], losses[found], strict=True):
-            assert b == pytest.approx(a, abs=0.1)
-        assert losses[found][-1][2] < losses[found][0][2] - 1.5
-
-
 def test_gpt2_shards(folder):
     """--data with the public shards' format: no manifest, 50,257 tokens, BOS 50,256."""
     random = np.random.default_rng(0)
