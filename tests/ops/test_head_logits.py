@@ -1,5 +1,6 @@
 """`head_logits` and `head_loss(form="fused")`: the head's loss and gradients without its logits."""
 
+import functools
 import math
 
 import pytest
@@ -7,25 +8,65 @@ import torch
 
 from benchmarks import head_error
 from numerics import FP8_SUM_ERROR, assert_accurate, assert_same_bits, bits
-from speedrun.ops.head_logits import (
-    LARGEST_SOFTCAP,
-    HeadLogits,
-    add_target_columns_,
-    add_target_rows_,
-    factor_scale,
-    head_logits,
-    target_terms_,
-)
-from speedrun.ops.head_loss import head_loss, quantize_head
+from op_helpers import skips_without_cuda_kernel
+from speedrun.ops import head_logits as ops
+from speedrun.ops.head_logits import LARGEST_SOFTCAP, HeadLogits, factor_scale
+from speedrun.ops.head_loss import head_loss as head_loss_of_any_backend
+from speedrun.ops.head_loss import quantize_head
 from speedrun.reference import head_logits as reference
 from speedrun.reference import softcap_ce as definition
 from speedrun.reference._fp8 import to_fp8
-from train_helpers import FLOAT64_NOISE, normal
+from train_helpers import FLOAT64_NOISE
+from train_helpers import normal as normal_on_cpu
 
 SOFTCAP = (23.0, 5.0, 7.5)  # RECIPE section 3
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
-SCALES = (torch.tensor(0.25), torch.tensor(0.002))
 T, D, V, M = 32, 16, 272, 4  # two whole blocks of columns and a part of one
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets on the CPU: conftest.py
+
+
+@pytest.fixture
+def backend(backend):
+    """Of new tensors, where there is a GPU, the device too."""
+    with torch.device(DEVICE):
+        yield backend
+
+
+def served(function):
+    """Skips the test at a call that has no CUDA kernel."""
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        with skips_without_cuda_kernel():
+            return function(*arguments, **options)
+
+    return call
+
+
+head_logits, target_terms_ = map(served, (ops.head_logits, ops.target_terms_))
+add_target_rows_, add_target_columns_ = map(served, (ops.add_target_rows_, ops.add_target_columns_))
+head_loss = served(head_loss_of_any_backend)
+
+
+def here(tensor):
+    """On the device of new tensors: generators are the CPU's, so that numbers are the same."""
+    return tensor.to(torch.get_default_device())
+
+
+def normal(*shape, **options):
+    with torch.device("cpu"):
+        tensor = normal_on_cpu(*shape, **options)
+    return here(tensor)
+
+
+def scales():
+    return torch.tensor(0.25), torch.tensor(0.002)
+
+
+def weights_of_targets():
+    return torch.tensor([1.0, 0.5, 0.25, 0.3])
 
 
 def fp8_operands(num_tokens=T, num_columns=V):
@@ -36,14 +77,11 @@ def fp8_operands(num_tokens=T, num_columns=V):
 def targets(num_tokens=T, num_columns=V):
     """Some missing, some twice or three times."""
     generator = torch.Generator().manual_seed(2)
-    found = torch.randint(-1, num_columns, (num_tokens, M), generator=generator)
+    found = torch.randint(-1, num_columns, (num_tokens, M), generator=generator, device="cpu")
     found[1::4, 2] = found[1::4, 0]
     found[2::4] = found[2::4, :1]
     found[3] = -1
-    return found
-
-
-WEIGHTS = torch.tensor([1.0, 0.5, 0.25, 0.3])
+    return here(found)
 
 
 # ---- The product and what is fused behind it -------------------------------------------------
@@ -68,7 +106,7 @@ def test_factors_are_their_definition():
 def test_sums_and_factors(shape, softcap):
     """Between their values at both ends of what a sum of FP8 products may be."""
     x, w = fp8_operands(*shape)
-    sums, g_TV, g_VT = head_logits(x, w, *SCALES, *softcap)
+    sums, g_TV, g_VT = head_logits(x, w, *scales(), *softcap)
     z, spread = (of(x.double()) @ of(w.double()).mT * 0.25 * 0.002 for of in (torch.clone, abs))
     ends = [reference.factors(z + sign * FP8_SUM_ERROR * spread, *softcap) for sign in (-1, 0, 1)]
     e, g = (torch.stack([end[i] for end in ends]) for i in (1, 2))
@@ -87,12 +125,12 @@ def test_sums_and_factors(shape, softcap):
 def test_reference_sums_and_factors():
     """In float64 to e5m2's rounding; the sums in float32 too."""
     x, w = fp8_operands()
-    exact = reference.head_logits(x.double(), w.double(), *SCALES, *SOFTCAP, rows=T)
+    exact = reference.head_logits(x.double(), w.double(), *scales(), *SOFTCAP, rows=T)
     _, e, g = reference.factors(x.double() @ w.double().mT * 0.25 * 0.002, *SOFTCAP)
     torch.testing.assert_close(exact.sums_BT.sum(0), e.sum(1), rtol=1e-6, atol=0)
     assert_same_bits(exact.g_TV, to_fp8(g, torch.tensor(factor_scale(23.0)), E5M2))
     for rows in (7, T):
-        same = reference.head_logits(x, w, *SCALES, *SOFTCAP, rows=rows)
+        same = reference.head_logits(x, w, *scales(), *SOFTCAP, rows=rows)
         torch.testing.assert_close(same.sums_BT.double(), exact.sums_BT, rtol=1e-5, atol=0)
         steps = bits(same.g_TV).int() - bits(exact.g_TV).int()
         assert steps.abs().max() <= 1 and (steps != 0).double().mean() < 0.001
@@ -118,7 +156,7 @@ def test_extreme_logits(backend):
 @pytest.mark.parametrize("shape", [(0, 16), (1, 16), (16, 0)])
 def test_few_tokens_or_columns(shape):
     x, w = fp8_operands(*shape)
-    sums, g_TV, g_VT = head_logits(x, w, *SCALES, *SOFTCAP)
+    sums, g_TV, g_VT = head_logits(x, w, *scales(), *SOFTCAP)
     assert sums.shape == (math.ceil(shape[1] / 128), shape[0])
     assert g_TV.shape == shape and g_VT.shape == shape[::-1]
 
@@ -129,12 +167,14 @@ def test_few_tokens_or_columns(shape):
 def test_terms_are_the_definitions():
     """In float64: loss, gradient of the logits at the targets, and elsewhere row factor times g."""
     x, w = normal(T, D), normal(V, D, seed=1)
-    scales = (torch.ones(()), torch.ones(()))
-    logits = reference.head_logits(x, w, *scales, *SOFTCAP, rows=7)
+    ones = (torch.ones(()), torch.ones(()))
+    logits = reference.head_logits(x, w, *ones, *SOFTCAP, rows=7)
     z = x @ w.mT
-    operands = (x, w, x, w, *scales)
-    loss, rows, sides = reference.target_terms_(logits, *operands, targets(), WEIGHTS, *SOFTCAP)
-    exact = definition.softcap_ce_grad(z, targets(), WEIGHTS.double(), *SOFTCAP)
+    operands = (x, w, x, w, *ones)
+    loss, rows, sides = reference.target_terms_(
+        logits, *operands, targets(), weights_of_targets(), *SOFTCAP
+    )
+    exact = definition.softcap_ce_grad(z, targets(), weights_of_targets().double(), *SOFTCAP)
     torch.testing.assert_close(loss, exact.loss_T, **FLOAT64_NOISE)
     found = rows[:, None] * reference.factors(z, *SOFTCAP)[2]
     is_target = torch.zeros(T, V + 1, dtype=torch.bool).scatter_(1, targets() % (V + 1), True)
@@ -152,13 +192,13 @@ def test_targets_count_by_the_numbers_that_are_not_quantised():
     """So their logits, also in Σe, whatever the FP8 copies say."""
     x, w = normal(T, D), normal(V, D, seed=1)
     wrong, wrong_w = x + 0.1 * normal(T, D, seed=3), w + 0.1 * normal(V, D, seed=4)
-    scales = (torch.ones(()), torch.ones(()))
-    logits = reference.head_logits(wrong, wrong_w, *scales, *SOFTCAP, rows=T)
-    operands = (x, w, wrong, wrong_w, *scales)
+    ones = (torch.ones(()), torch.ones(()))
+    logits = reference.head_logits(wrong, wrong_w, *ones, *SOFTCAP, rows=T)
+    operands = (x, w, wrong, wrong_w, *ones)
     columns_TM = targets().clamp(min=0)
-    found = reference.target_terms_(logits, *operands, columns_TM, WEIGHTS, *SOFTCAP)
+    found = reference.target_terms_(logits, *operands, columns_TM, weights_of_targets(), *SOFTCAP)
     mixed = (wrong @ wrong_w.mT).scatter(1, columns_TM, (x @ w.mT).gather(1, columns_TM))
-    exact = definition.softcap_ce_grad(mixed, columns_TM, WEIGHTS.double(), *SOFTCAP)
+    exact = definition.softcap_ce_grad(mixed, columns_TM, weights_of_targets().double(), *SOFTCAP)
     torch.testing.assert_close(found.loss_T, exact.loss_T, **FLOAT64_NOISE)
     dz_TV = torch.zeros(T, V, dtype=torch.float64).scatter_add_(1, columns_TM, found.sides_TM)
     at_targets = exact.dz_TV.gather(1, columns_TM)
@@ -189,13 +229,13 @@ def test_targets_on_each_backend(num_tokens, dim, num_targets):
     which are float32's there, and the same twice."""
     x = normal(num_tokens, dim, dtype=BF16)
     w = (normal(V, dim, seed=1) / dim**0.5).to(BF16)
-    (x_f8, w_f8), scales = ((t * 16).to(E4M3) for t in (x, w)), (torch.tensor(1 / 16),) * 2
+    (x_f8, w_f8), both = ((t * 16).to(E4M3) for t in (x, w)), (torch.tensor(1 / 16),) * 2
     found = torch.randint(-1, V, (num_tokens, num_targets))
     if num_targets > 0:
         found[: num_tokens * 3 // 4, 0] = 3
     weights = torch.linspace(1, 0.5, num_targets)
-    logits = reference.head_logits(x_f8, w_f8, *scales, *SOFTCAP, rows=num_tokens)
-    operands = (x, w, x_f8, w_f8, *scales, found, weights, *SOFTCAP)
+    logits = reference.head_logits(x_f8, w_f8, *both, *SOFTCAP, rows=num_tokens)
+    operands = (x, w, x_f8, w_f8, *both, found, weights, *SOFTCAP)
     copies = [HeadLogits(*(t.clone() for t in logits)) for _ in range(2)]
     terms = target_terms_(copies[0], *operands)
     expected = reference.target_terms_(copies[1], *operands)
@@ -219,14 +259,14 @@ def test_targets_on_each_backend(num_tokens, dim, num_targets):
 
 def problem(num_tokens=64, dim=32, num_columns=272):
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(num_columns, (num_tokens + 2,), generator=generator)
+    tokens = torch.randint(num_columns, (num_tokens + 2,), generator=generator, device="cpu")
     tokens[num_tokens:] = definition.NO_TARGET
     shifted = torch.stack([tokens[n : n + num_tokens] for n in range(3)], dim=1)
-    prefixes = torch.randint(-1, num_columns, (num_tokens,), generator=generator)
+    prefixes = torch.randint(-1, num_columns, (num_tokens,), generator=generator, device="cpu")
     x = torch.nn.functional.rms_norm(normal(num_tokens, dim), (dim,)).to(BF16)
     w = (normal(dim, num_columns, seed=2) * 0.3).to(BF16)
-    arguments = (shifted, torch.tensor([1.0, 0.5, 0.25]), *SOFTCAP)
-    return x, w, arguments, {"prefix_targets_T": prefixes, "prefix_weight": 0.3}
+    arguments = (here(shifted), torch.tensor([1.0, 0.5, 0.25]), *SOFTCAP)
+    return x, w, arguments, {"prefix_targets_T": here(prefixes), "prefix_weight": 0.3}
 
 
 def run(x, w, arguments, options, grad_T=None, form="fused", function=head_loss, **more):
@@ -385,9 +425,9 @@ def test_opcheck():
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     x, w = fp8_operands()
     plain, operators = (x.to(BF16), w.to(BF16)), torch.ops.speedrun
-    arguments = (x, w, *SCALES, *SOFTCAP)
+    arguments = (x, w, *scales(), *SOFTCAP)
     logits = operators.head_logits(*arguments, "torch")
-    terms = (*logits, *plain, x, w, *SCALES, targets(), WEIGHTS, *SOFTCAP)
+    terms = (*logits, *plain, x, w, *scales(), targets(), weights_of_targets(), *SOFTCAP)
     sides = normal(T, M).float()
     calls = {
         operators.head_logits: arguments,
@@ -421,15 +461,15 @@ def test_refusals():
         head_loss(x, w, *arguments[:2], 23.0, 5.0, 0.0, fp8=fp8, form="fused")
     x_f8, w_f8 = fp8_operands()
     with pytest.raises(ValueError, match=r"x_f8_TD \(T, D\) and w_f8_VD \(V, D\), got \(32, 16\)"):
-        head_logits(x_f8, w_f8[:, :8], *SCALES, *SOFTCAP)
+        head_logits(x_f8, w_f8[:, :8], *scales(), *SOFTCAP)
     with pytest.raises(TypeError, match=r"x_f8_TD must be torch\.float8_e4m3fn, got torch\.float8"):
-        head_logits(x_f8.to(E5M2), w_f8, *SCALES, *SOFTCAP)
+        head_logits(x_f8.to(E5M2), w_f8, *scales(), *SOFTCAP)
     with pytest.raises(ValueError, match=r"w_f8_VD must be contiguous"):
-        head_logits(x_f8, w_f8.mT.contiguous().mT, *SCALES, *SOFTCAP)
-    logits = head_logits(x_f8, w_f8, *SCALES, *SOFTCAP)
-    operands = (x_f8.to(BF16), w_f8.to(BF16), x_f8, w_f8, *SCALES)
+        head_logits(x_f8, w_f8.mT.contiguous().mT, *scales(), *SOFTCAP)
+    logits = head_logits(x_f8, w_f8, *scales(), *SOFTCAP)
+    operands = (x_f8.to(BF16), w_f8.to(BF16), x_f8, w_f8, *scales())
     with pytest.raises(ValueError, match=r"targets_TM must be \(T, M\), got \(32,\)"):
-        target_terms_(logits, *operands, targets()[:, 0], WEIGHTS, *SOFTCAP)
+        target_terms_(logits, *operands, targets()[:, 0], weights_of_targets(), *SOFTCAP)
     wrong = HeadLogits(logits.sums_BT, logits.g_TV, logits.g_TV)
     with pytest.raises(ValueError, match=r"g_VT must be \(272, 32\)"):
-        target_terms_(wrong, *operands, targets(), WEIGHTS, *SOFTCAP)
+        target_terms_(wrong, *operands, targets(), weights_of_targets(), *SOFTCAP)
