@@ -69,9 +69,9 @@ def weights_of_targets():
     return torch.tensor([1.0, 0.5, 0.25, 0.3])
 
 
-def fp8_operands(num_tokens=T, num_columns=V):
-    x = (normal(num_tokens, D) * 40).to(E4M3)
-    return x, (normal(num_columns, D, seed=1) * 100).to(E4M3)
+def fp8_operands(num_tokens=T, num_columns=V, dim=D):
+    x = (normal(num_tokens, dim) * 40).to(E4M3)
+    return x, (normal(num_columns, dim, seed=1) * 100 * (D / dim) ** 0.5).to(E4M3)
 
 
 def targets(num_tokens=T, num_columns=V):
@@ -102,7 +102,7 @@ def test_factors_are_their_definition():
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("softcap", [SOFTCAP, (1.5, 0.0, 0.7), (LARGEST_SOFTCAP, -3.0, 4.0)])
-@pytest.mark.parametrize("shape", [(T, V), (144, 16), (16, 400)])
+@pytest.mark.parametrize("shape", [(T, V), (144, 16), (16, 400), (16, 144, 272)])
 def test_sums_and_factors(shape, softcap):
     """Between their values at both ends of what a sum of FP8 products may be."""
     x, w = fp8_operands(*shape)
@@ -229,10 +229,11 @@ def test_targets_on_each_backend(num_tokens, dim, num_targets):
     which are float32's there, and the same twice."""
     x = normal(num_tokens, dim, dtype=BF16)
     w = (normal(V, dim, seed=1) / dim**0.5).to(BF16)
-    (x_f8, w_f8), both = ((t * 16).to(E4M3) for t in (x, w)), (torch.tensor(1 / 16),) * 2
+    (x_f8, w_f8), both = ((t * 20).to(E4M3) for t in (x, w)), (torch.tensor(1 / 16),) * 2
     found = torch.randint(-1, V, (num_tokens, num_targets))
     if num_targets > 0:
         found[: num_tokens * 3 // 4, 0] = 3
+        found[::4] = found[::4, :1]
     weights = torch.linspace(1, 0.5, num_targets)
     logits = reference.head_logits(x_f8, w_f8, *both, *SOFTCAP, rows=num_tokens)
     operands = (x, w, x_f8, w_f8, *both, found, weights, *SOFTCAP)
