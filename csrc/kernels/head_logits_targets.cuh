@@ -95,7 +95,7 @@ __device__ inline void add_entries(const HeadTargetColumnsParams& p, int begin, 
                                    int dim, float (&sum)[kLaneDims]) {
   constexpr int kAtOnce = 4;
   for (int first = begin; first < end; first += kAtOnce * step) {
-    Vec<bf16> loaded[kAtOnce];
+    uint2 loaded[kAtOnce];
     float sides[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -106,16 +106,13 @@ __device__ inline void add_entries(const HeadTargetColumnsParams& p, int begin, 
       const int64_t place = p.order[entry];
       sides[i] = p.sides[place];
       const bf16* row = static_cast<const bf16*>(p.x) + place / p.num_targets * p.dim;
-      const uint2 words = *reinterpret_cast<const uint2*>(row + dim);
-      loaded[i].words[0] = words.x;
-      loaded[i].words[1] = words.y;
+      loaded[i] = *reinterpret_cast<const uint2*>(row + dim);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
+      const Vec<bf16> of_x{{loaded[i].x, loaded[i].y, 0, 0}};
 #pragma unroll
-      for (int j = 0; j < kLaneDims; ++j) {
-        sum[j] = fmaf(sides[i], to_float(loaded[i].get(j)), sum[j]);
-      }
+      for (int j = 0; j < kLaneDims; ++j) sum[j] = fmaf(sides[i], to_float(of_x.get(j)), sum[j]);
     }
   }
 }

@@ -196,7 +196,7 @@ def add_target_rows_kernel(
     total = to_float(tl.load(dx_ptr + row * dim + d, mask=in_dim, other=0.0), SOFTWARE)
     for m in tl.static_range(NUM_TARGETS):
         target = tl.load(targets_ptr + row * NUM_TARGETS + m)
-        mask = tl.where((target >= 0) & (target < cols), d, dim) < dim
+        mask = d < tl.where((target >= 0) & (target < cols), dim, 0)  # one for 16 bytes
         w = to_float(tl.load(w_ptr + target * dim + d, mask=mask, other=0.0), SOFTWARE)
         total += tl.load(sides_ptr + row * NUM_TARGETS + m) * w
     store_rounded(dx_ptr + row * dim + d, total, in_dim, SOFTWARE)
@@ -219,7 +219,8 @@ def add_target_columns_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """BLOCK_V columns and BLOCK_D rows of dw (dim, cols): a product of which entry has which column
-    with its rows of x. starts (cols + 1,): a column's first entry."""
+    with its rows of x, so that a NaN in one of these reaches all of the program's columns. starts
+    (cols + 1,): a column's first entry."""
     first = tl.program_id(0) * BLOCK_V
     begin = tl.load(starts_ptr + first)
     end = tl.load(starts_ptr + tl.minimum(first + BLOCK_V, cols))
