@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from speedrun import cli, recipes
+from speedrun import cli, hardware, recipes
 from speedrun.batch import LossWeights, MicroBatch
 from speedrun.config import ConfigError, HeadConfig, MLPConfig, Windows
 from speedrun.config_check import check
@@ -168,12 +168,17 @@ def runs(tmp_path_factory):
     """Losses of `tiny` by form of the head, with the FP8 MLP."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     write_text(folder / "text.txt")
-    for name, head in HEADS.items():
-        sets = tiny_sets(precision="recipe", schedule__num_steps=NUM_STEPS, log_interval=1, **head)
-        words = ["--text", folder / "text.txt", "--out", folder / name, "--keep", "0"]
-        words = [*map(str, words), "--device", "cpu", *sets]
-        assert cli.main(["train", *words]) == 0
-        found[name] = read_losses(folder / name)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        # Threads that wait for each other take the cores from other tests, and these from them.
+        patch.setattr(hardware, "num_cpus", lambda: 1)
+        for name, head in HEADS.items():
+            changes = {"precision": "recipe", "schedule__num_steps": NUM_STEPS, "log_interval": 1}
+            words = ["--text", folder / "text.txt", "--out", folder / name, "--keep", "0"]
+            words += ["--device", "cpu", *tiny_sets(**changes, **head)]
+            assert cli.main(["train", *map(str, words)]) == 0
+            found[name] = read_losses(folder / name)
+    torch.set_num_threads(threads)
     return found
 
 
