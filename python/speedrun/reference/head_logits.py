@@ -77,7 +77,7 @@ def head_logits(
         sums_BT = torch.empty(blocks, num_tokens, dtype=wide, device=x_TD.device)
         out = HeadLogits(sums_BT, g_TV, g_TV.new_empty(num_columns, num_tokens))
     sums_BT, g_TV, g_VT = out
-    scale = sums_BT.new_tensor(factor_scale(a))
+    scale = sums_BT.new_full((), factor_scale(a))  # a copy from the host would wait
     w_DV = w_VD.to(wide).mT
     for start in range(0, num_tokens, rows):
         of = slice(start, start + rows)
