@@ -40,8 +40,16 @@ Softcapped softcap_of(double a, double b, double c) {
   return {static_cast<float>(a), static_cast<float>(b), static_cast<float>(c)};
 }
 
-int64_t num_sums(int64_t rows, int64_t cols) {
-  return (cols + kHeadColumns - 1) / kHeadColumns * rows;
+// The product's scales and results, which the kernel behind it takes too; p has its sizes.
+template <typename Params>
+void read_logits(const Reader& read, Params& p, const Tensor& x_scale, const Tensor& w_scale,
+                 const Tensor& sums, const Tensor& g, const Tensor& g_t) {
+  const int64_t num_sums = (p.cols + kHeadColumns - 1) / kHeadColumns * p.rows;
+  read(p.x_scale, x_scale, ScalarType::Float, 1, "x_scale");
+  read(p.w_scale, w_scale, ScalarType::Float, 1, "w_scale");
+  read(p.sums, sums, ScalarType::Float, num_sums, "sums");
+  read(p.g, g, ScalarType::Float8_e5m2, p.rows * p.cols, "g");
+  read(p.g_t, g_t, ScalarType::Float8_e5m2, p.rows * p.cols, "g_t");
 }
 
 void head_logits_out(const Tensor& x, const Tensor& w, const Tensor& x_scale, const Tensor& w_scale,
@@ -53,11 +61,7 @@ void head_logits_out(const Tensor& x, const Tensor& w, const Tensor& x_scale, co
   p.cols = read.size(w, 0, "w");
   read(p.x, x, ScalarType::Float8_e4m3fn, p.rows * p.dim, "x");
   read(p.w, w, ScalarType::Float8_e4m3fn, p.cols * p.dim, "w");
-  read(p.x_scale, x_scale, ScalarType::Float, 1, "x_scale");
-  read(p.w_scale, w_scale, ScalarType::Float, 1, "w_scale");
-  read(p.sums, sums, ScalarType::Float, num_sums(p.rows, p.cols), "sums");
-  read(p.g, g, ScalarType::Float8_e5m2, p.rows * p.cols, "g");
-  read(p.g_t, g_t, ScalarType::Float8_e5m2, p.rows * p.cols, "g_t");
+  read_logits(read, p, x_scale, w_scale, sums, g, g_t);
   p.softcap = softcap_of(a, b, c);
   read.launch(launch_head_logits, p);
 }
@@ -73,15 +77,11 @@ void head_target_terms_out(const Tensor& sums, Tensor g, Tensor g_t, const Tenso
   p.dim = read.size(x, 1, "x");
   p.cols = read.size(w, 0, "w");
   p.num_targets = read.size(targets, 1, "targets");
-  read(p.sums, sums, ScalarType::Float, num_sums(p.rows, p.cols), "sums");
-  read(p.g, g, ScalarType::Float8_e5m2, p.rows * p.cols, "g");
-  read(p.g_t, g_t, ScalarType::Float8_e5m2, p.rows * p.cols, "g_t");
+  read_logits(read, p, x_scale, w_scale, sums, g, g_t);
   read(p.x, x, ScalarType::BFloat16, p.rows * p.dim, "x");
   read(p.w, w, ScalarType::BFloat16, p.cols * p.dim, "w");
   read(p.x_f8, x_f8, ScalarType::Float8_e4m3fn, p.rows * p.dim, "x_f8");
   read(p.w_f8, w_f8, ScalarType::Float8_e4m3fn, p.cols * p.dim, "w_f8");
-  read(p.x_scale, x_scale, ScalarType::Float, 1, "x_scale");
-  read(p.w_scale, w_scale, ScalarType::Float, 1, "w_scale");
   read(p.targets, targets, ScalarType::Long, p.rows * p.num_targets, "targets");
   read(p.weights, weights, ScalarType::Float, p.num_targets, "weights");
   read(p.loss, loss, ScalarType::Float, p.rows, "loss");

@@ -50,17 +50,14 @@ def fused_head_loss(
     if loss.prefix_targets_T is not None:
         targets_TM = torch.cat([targets_TM, loss.prefix_targets_T[:, None]], dim=1)
         weights_M = torch.cat([weights_M, loss.prefix_weight.float().reshape(1)])
-    w_f8_DV, w_f8_VD, w_scale, x_scale, _, w_VD = fp8
+    *copies_and_scales, _, w_VD = fp8
     if w_VD is None:
         w_VD = transpose(w_DV.detach().contiguous())
     return _FusedHeadLoss.apply(
         x_TD.contiguous(),
         w_DV,
         dw_sum_DV,
-        w_f8_DV,
-        w_f8_VD,
-        w_scale,
-        x_scale,
+        *copies_and_scales,
         w_VD,
         targets_TM.contiguous(),
         weights_M.contiguous(),
